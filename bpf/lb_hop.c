@@ -1,0 +1,598 @@
+// SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause
+/*
+ * Watches TCP handshakes to VIP ports on every interface of a node and tells their translation by the initial
+ * sequence number (ISN), which NAT leaves alone: a SYN that comes in to a VIP port and a SYN with the same ISN
+ * that leaves are the same packet before and after translation, whatever did the translating.
+ *
+ * The programs only watch: every path returns TC_ACT_UNSPEC, and no packet is written to.
+ * Compiled by bcc, which rewrites map.lookup() and the like only in this file, not in headers.
+ */
+#include <linux/pkt_cls.h>
+
+#include "lb_hop.h"
+#include "parse.h"
+
+/* Key: a destination. Value: its VIP port. Filled by the agent from the topology, as are the next three. */
+BPF_F_TABLE("hash", struct lbh_vip_key, struct lbh_vip, vip_ports, LBH_MAX_VIP_PORTS, BPF_F_NO_PREALLOC);
+/* Key: VIP port and translated destination. Value: the row of hop_stats to count it in. */
+BPF_F_TABLE("hash", struct lbh_backend_key, u32, backends, LBH_MAX_BACKENDS, BPF_F_NO_PREALLOC);
+/* Rows exist only for what the topology knows, so memory follows its size and not the maximum. */
+BPF_F_TABLE("percpu_hash", u32, struct lbh_vip_stats, vip_stats, LBH_MAX_VIP_PORTS, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("percpu_hash", u32, struct lbh_hop_stats, hop_stats, LBH_MAX_HOPS, BPF_F_NO_PREALLOC);
+/* Key: an interface that leads out of the cluster; a SYN that came in by it is external. */
+BPF_F_TABLE("hash", u32, u8, uplinks, LBH_MAX_UPLINKS, BPF_F_NO_PREALLOC);
+BPF_ARRAY(settings, struct lbh_settings, 1);
+BPF_ARRAY(handshakes, struct lbh_bucket, LBH_TABLE_BUCKETS);
+BPF_PERCPU_ARRAY(events, u64, LBH_EVENTS);
+/* When the next record would be due at exactly the record rate (GCRA). */
+BPF_ARRAY(record_due_ns, u64, 1);
+/* The bucket that the sweep looks at next. */
+BPF_ARRAY(sweep_cursor, u32, 1);
+BPF_RINGBUF_OUTPUT(records, LBH_RING_PAGES);
+
+struct lbh_trace_id {
+	u64 high;
+	u64 low;
+};
+
+struct lbh_match {
+	struct lbh_bucket *bucket;
+	struct lbh_handshake *slot; /* NULL: none */
+	u64 *tag;
+	u64 seen_tag; /* the tag as it was when it matched */
+};
+
+static __always_inline void count_event(int event)
+{
+	u64 *counter = events.lookup(&event);
+
+	if (counter)
+		(*counter)++;
+}
+
+static __always_inline u64 make_tag(u32 isn, u32 state, u64 ns)
+{
+	return (u64)isn << 32 | state << 29 | ((u32)(ns >> LBH_TICK_SHIFT) & LBH_TICK_MASK);
+}
+
+static __always_inline u32 tag_state(u64 tag)
+{
+	return (u32)tag >> 29;
+}
+
+static __always_inline u32 tag_age(u64 tag, u64 now)
+{
+	return ((u32)(now >> LBH_TICK_SHIFT) - (u32)tag) & LBH_TICK_MASK;
+}
+
+static __always_inline u64 with_state(u64 tag, u32 state)
+{
+	return (tag & ~(7ull << 29)) | (u64)state << 29;
+}
+
+/*
+ * Replaces a slot's tag if it is still the one seen; false if another CPU was first. A full barrier: what was
+ * written to the slot before is visible before the new tag.
+ */
+static __always_inline bool swap_tag(u64 *tag, u64 seen, u64 next)
+{
+#ifdef LBH_NO_COMPARE_EXCHANGE /* Linux < 5.12 has none: two CPUs on one slot at once may both win */
+	if (*tag != seen)
+		return false;
+	*tag = next;
+	return true;
+#else
+	return __sync_val_compare_and_swap(tag, seen, next) == seen;
+#endif
+}
+
+static __always_inline bool same_address(const struct lbh_address *a, const struct lbh_address *b)
+{
+	return a->words[3] == b->words[3] && a->words[2] == b->words[2] && a->words[1] == b->words[1] &&
+	       a->words[0] == b->words[0];
+}
+
+/* Finalizer of splitmix64 (Steele, Lea, Flood, 2014): every input bit reaches every output bit. */
+static __always_inline u64 mix(u64 value)
+{
+	value ^= value >> 30;
+	value *= 0xbf58476d1ce4e5b9ull;
+	value ^= value >> 27;
+	value *= 0x94d049bb133111ebull;
+	return value ^ value >> 31;
+}
+
+static __always_inline struct lbh_bucket *bucket_of(const struct lbh_settings *config, u32 isn)
+{
+	int index = mix(config->hash_seed ^ isn) & (LBH_TABLE_BUCKETS - 1);
+
+	return handshakes.lookup(&index);
+}
+
+static __always_inline u32 histogram_bucket(u64 ns)
+{
+	u32 bucket = 0;
+
+#define LBH_ABOVE(bound) bucket += ns > bound##ull;
+	LBH_BOUNDS(LBH_ABOVE)
+#undef LBH_ABOVE
+	return bucket;
+}
+
+static __always_inline void observe(struct lbh_histogram *histogram, u64 ns)
+{
+	u32 bucket = histogram_bucket(ns);
+
+	histogram->sum_ns += ns;
+	if (bucket < LBH_BUCKETS)
+		histogram->buckets[bucket]++;
+}
+
+/*
+ * The trace id comes from what both nodes of a hop see alike: the SNAT'd tuple and the ISN. For a connection that
+ * was not translated it comes from the client's tuple. Mirrored by core/ids.py.
+ */
+static __always_inline struct lbh_trace_id trace_id_of(const struct lbh_handshake *slot, u32 isn)
+{
+	bool translated = slot->forward_ns;
+	const struct lbh_address *source = translated ? &slot->snat : &slot->client;
+	const struct lbh_address *destination = translated ? &slot->backend : &slot->vip;
+	u32 ports = translated ? (u32)slot->snat_port << 16 | slot->backend_port
+			       : (u32)slot->client_port << 16 | slot->vip_port;
+	struct lbh_trace_id id;
+	u64 hash = mix((u64)ports << 32 | isn);
+
+	hash = mix(hash ^ ((u64)source->words[1] << 32 | source->words[0]));
+	hash = mix(hash ^ ((u64)source->words[3] << 32 | source->words[2]));
+	hash = mix(hash ^ ((u64)destination->words[1] << 32 | destination->words[0]));
+	hash = mix(hash ^ ((u64)destination->words[3] << 32 | destination->words[2]));
+	id.low = hash;
+	id.high = mix(hash ^ isn ^ 0x9e3779b97f4a7c15ull);
+	return id;
+}
+
+/* Whether the record rate (GCRA; two CPUs at once may both pass, the limit is soft) lets one more through. */
+static __always_inline bool within_rate(const struct lbh_settings *config, u64 now)
+{
+	int zero = 0;
+	u64 *due = record_due_ns.lookup(&zero);
+
+	if (!due || !config->record_interval_ns)
+		return false;
+	if (*due < now)
+		*due = now;
+	if (*due - now > config->record_burst_ns)
+		return false;
+	__sync_fetch_and_add(due, config->record_interval_ns);
+	return true;
+}
+
+/*
+ * Sends one connection to the agent or counts why not. Good handshakes are sampled by trace id; a failure is kept
+ * whatever the ratio. The agent drains by time: it is never woken for one record.
+ */
+static __always_inline void send_record(const struct lbh_settings *config, const struct lbh_handshake *slot, u32 isn,
+					u32 verdict, u64 end_ns, u64 now)
+{
+	struct lbh_trace_id trace = trace_id_of(slot, isn);
+	struct lbh_record *record;
+
+	if ((verdict == LBH_VERDICT_ANSWERED || verdict == LBH_VERDICT_REPLY_UNSEEN) &&
+	    (trace.low & ((1ull << 56) - 1)) < config->reject_below) {
+		count_event(LBH_RECORD_RATIO);
+		return;
+	}
+	if (!within_rate(config, now)) {
+		count_event(LBH_RECORD_RATE);
+		return;
+	}
+	record = records.ringbuf_reserve(sizeof(*record));
+	if (!record) {
+		count_event(LBH_RECORD_RING_FULL);
+		return;
+	}
+	record->trace_high = trace.high;
+	record->trace_low = trace.low;
+	record->syn_ns = slot->syn_ns;
+	record->forward_ns = slot->forward_ns;
+	record->end_ns = end_ns;
+	record->client = slot->client;
+	record->snat = slot->snat;
+	record->backend = slot->backend;
+	record->client_port = slot->client_port;
+	record->snat_port = slot->snat_port;
+	record->backend_port = slot->backend_port;
+	record->verdict = verdict;
+	record->origin = slot->origin;
+	record->vip_id = slot->vip_id;
+	record->hop_id = slot->hop_id;
+	record->in_ifindex = slot->in_ifindex;
+	record->out_ifindex = slot->out_ifindex;
+	record->retransmits = slot->retransmits;
+	__builtin_memset(record->pad, 0, sizeof(record->pad));
+	records.ringbuf_submit(record, BPF_RB_NO_WAKEUP);
+	count_event(LBH_RECORD_SENT);
+}
+
+static __always_inline void count_unforwarded(const struct lbh_handshake *slot)
+{
+	u32 vip_id = slot->vip_id, origin = slot->origin, reason = slot->unforwarded;
+	struct lbh_vip_stats *stats = vip_stats.lookup(&vip_id);
+
+	if (!stats)
+		count_event(LBH_NO_ROW);
+	else if (origin < LBH_ORIGINS && reason < LBH_UNFORWARDED_REASONS)
+		stats->unforwarded[origin][reason]++;
+}
+
+static __always_inline struct lbh_hop_stats *hop_stats_of(u32 hop_id)
+{
+	struct lbh_hop_stats *stats = hop_stats.lookup(&hop_id);
+
+	if (!stats)
+		count_event(LBH_NO_ROW);
+	return stats;
+}
+
+/* A slot whose handshake has no verdict yet has to make room: that is its verdict. */
+static __always_inline void count_evicted(const struct lbh_handshake *slot, u32 state)
+{
+	if (state == LBH_SEEN) {
+		count_unforwarded(slot);
+	} else {
+		struct lbh_hop_stats *stats = hop_stats_of(slot->hop_id);
+
+		if (stats)
+			stats->evicted++;
+	}
+	count_event(LBH_RECORD_EVICTED);
+}
+
+/* How gladly a slot is given up: free, settled, unanswered, still open; within each the oldest first. */
+static __always_inline u32 victim_score(u64 tag, u64 now)
+{
+	u32 rank = 0x210003u >> tag_state(tag) * 4 & 3;
+
+	return rank << 29 | tag_age(tag, now);
+}
+
+/*
+ * Takes a slot of the bucket for a new handshake. The table never refuses: in a full bucket the least needed
+ * handshake gives way, and is counted. NULL only if other CPUs are filling what was chosen.
+ */
+static __always_inline struct lbh_handshake *take_slot(struct lbh_match *match, u32 isn, u64 now)
+{
+	struct lbh_bucket *bucket = match->bucket;
+	u32 best = 0, way = 0, i, state;
+	u64 tag;
+
+#pragma unroll
+	for (i = 0; i < LBH_WAYS; i++) {
+		u64 candidate = bucket->tags[i];
+		u32 score = victim_score(candidate, now);
+
+		if (tag_state(candidate) != LBH_BUSY && score >= best) {
+			best = score;
+			way = i;
+		}
+	}
+	way &= LBH_WAYS - 1;
+	tag = bucket->tags[way];
+	state = tag_state(tag);
+	if (state == LBH_BUSY || !swap_tag(&bucket->tags[way], tag, with_state(tag, LBH_BUSY)))
+		return NULL;
+	match->slot = &bucket->slots[way];
+	match->tag = &bucket->tags[way];
+	match->seen_tag = with_state(tag, LBH_BUSY);
+	if (state == LBH_SEEN || state == LBH_FORWARDED)
+		count_evicted(match->slot, state);
+	return match->slot;
+}
+
+/* The entry of this client's connection to this VIP port, if the table has it. */
+static __always_inline bool find_handshake(struct lbh_match *match, u32 isn, const struct lbh_address *client,
+					   u16 client_port, const struct lbh_address *vip, u16 vip_port, u64 now)
+{
+	struct lbh_bucket *bucket = match->bucket;
+	u32 i;
+
+#pragma unroll
+	for (i = 0; i < LBH_WAYS; i++) {
+		u64 tag = bucket->tags[i];
+		struct lbh_handshake *slot = &bucket->slots[i];
+
+		if (tag >> 32 != isn || tag_state(tag) < LBH_SEEN || tag_age(tag, now) > LBH_FORGET_TICKS)
+			continue;
+		if (slot->client_port != client_port || slot->vip_port != vip_port ||
+		    !same_address(&slot->client, client) || !same_address(&slot->vip, vip))
+			continue;
+		match->slot = slot;
+		match->tag = &bucket->tags[i];
+		match->seen_tag = tag;
+		return true;
+	}
+	return false;
+}
+
+/* The youngest entry that waits for its translation under this ISN; late: one whose verdict was already given. */
+static __always_inline bool find_untranslated(struct lbh_match *match, u32 isn, bool *late)
+{
+	struct lbh_bucket *bucket = match->bucket;
+	u32 i, found = 0;
+
+#pragma unroll
+	for (i = 0; i < LBH_WAYS; i++) {
+		u64 tag = bucket->tags[i];
+		struct lbh_handshake *slot = &bucket->slots[i];
+
+		if (tag >> 32 != isn)
+			continue;
+		if (tag_state(tag) == LBH_UNANSWERED && !slot->forward_ns)
+			*late = true;
+		if (tag_state(tag) != LBH_SEEN)
+			continue;
+		if (found++ && slot->syn_ns < match->slot->syn_ns)
+			continue;
+		match->slot = slot;
+		match->tag = &bucket->tags[i];
+		match->seen_tag = tag;
+	}
+	if (found > 1)
+		count_event(LBH_ISN_SHARED);
+	return found;
+}
+
+/* A SYN came in to a VIP port: a new connection, the same packet one device further, or a retransmission. */
+static __always_inline void syn_in(struct __sk_buff *skb, const struct lbh_settings *config,
+				   const struct lbh_packet *packet)
+{
+	struct lbh_vip_key key = {
+		.address = packet->destination, .port = packet->destination_port, .transport = IPPROTO_TCP};
+	struct lbh_vip *vip = vip_ports.lookup(&key);
+	struct lbh_match match = {};
+	struct lbh_vip_stats *stats;
+	struct lbh_handshake *slot;
+	u32 vip_id, origin, ifindex = skb->ifindex;
+	u64 now;
+
+	if (!vip)
+		return;
+	vip_id = vip->vip_id;
+	stats = vip_stats.lookup(&vip_id);
+	match.bucket = bucket_of(config, packet->sequence);
+	if (!stats || !match.bucket) {
+		count_event(LBH_NO_ROW);
+		return;
+	}
+	now = bpf_ktime_get_ns();
+	if (find_handshake(&match, packet->sequence, &packet->source, packet->source_port, &packet->destination,
+			   packet->destination_port, now)) {
+		u64 gap_ns = now - match.slot->last_syn_ns;
+
+		match.slot->last_syn_ns = now;
+		if (match.slot->in_ifindex == ifindex || gap_ns > LBH_SAME_PACKET_NS) {
+			match.slot->retransmits++;
+			stats->retransmits++;
+		}
+		return;
+	}
+	origin = uplinks.lookup(&ifindex) ? LBH_EXTERNAL : LBH_INTERNAL;
+	stats->connections[origin]++;
+	slot = take_slot(&match, packet->sequence, now);
+	if (!slot) {
+		/* Nobody will tell what becomes of it: its verdict is now, so that the counts still add up. */
+		stats->unforwarded[origin][LBH_DROPPED]++;
+		count_event(LBH_NO_SLOT);
+		count_event(LBH_RECORD_EVICTED);
+		return;
+	}
+	slot->syn_ns = slot->last_syn_ns = now;
+	slot->client = packet->source;
+	slot->vip = packet->destination;
+	slot->client_port = packet->source_port;
+	slot->vip_port = packet->destination_port;
+	slot->vip_id = slot->hop_id = vip_id;
+	slot->in_ifindex = ifindex;
+	slot->out_ifindex = 0;
+	slot->retransmits = 0;
+	slot->origin = origin;
+	slot->unforwarded = vip->unforwarded;
+	slot->forward_ns = 0;
+	swap_tag(match.tag, match.seen_tag, make_tag(packet->sequence, LBH_SEEN, now));
+}
+
+/* A SYN leaves: if its ISN is remembered, it is the translated packet, and names backend and SNAT source. */
+static __always_inline void syn_out(struct __sk_buff *skb, const struct lbh_settings *config,
+				    const struct lbh_packet *packet)
+{
+	struct lbh_backend_key key = {.address = packet->destination, .port = packet->destination_port};
+	struct lbh_match match = {.bucket = bucket_of(config, packet->sequence)};
+	struct lbh_handshake *slot;
+	struct lbh_hop_stats *stats;
+	bool late = false;
+	u32 *known, origin;
+	u64 now;
+
+	if (!match.bucket)
+		return;
+	if (!find_untranslated(&match, packet->sequence, &late)) {
+		if (late)
+			count_event(LBH_LATE);
+		return;
+	}
+	slot = match.slot;
+	if (slot->vip_port == packet->destination_port && same_address(&slot->vip, &packet->destination))
+		return; /* not translated: bridged or routed on as it came */
+	if (!swap_tag(match.tag, match.seen_tag, with_state(match.seen_tag, LBH_FORWARDED)))
+		return;
+	now = bpf_ktime_get_ns();
+	key.vip_id = slot->vip_id;
+	known = backends.lookup(&key);
+	slot->hop_id = known ? *known : slot->vip_id;
+	slot->forward_ns = now;
+	slot->snat = packet->source;
+	slot->snat_port = packet->source_port;
+	slot->backend = packet->destination;
+	slot->backend_port = packet->destination_port;
+	slot->out_ifindex = skb->ifindex;
+	stats = hop_stats_of(slot->hop_id);
+	origin = slot->origin;
+	if (stats && origin < LBH_ORIGINS) {
+		stats->forwarded[origin]++;
+		observe(&stats->forward, now - slot->syn_ns);
+	}
+}
+
+/* A SYN-ACK or RST leaves from a VIP port: the end of the handshake that its acknowledgment number names. */
+static __always_inline void answer_out(const struct lbh_settings *config, const struct lbh_packet *packet)
+{
+	u32 isn = packet->acknowledgment - 1, state, origin;
+	struct lbh_match match = {.bucket = bucket_of(config, isn)};
+	bool refused = packet->flags & LBH_TCP_RST;
+	struct lbh_handshake *slot;
+	struct lbh_hop_stats *stats;
+	u32 verdict = LBH_VERDICT_ANSWERED;
+	u64 now = bpf_ktime_get_ns();
+
+	if (!match.bucket || !find_handshake(&match, isn, &packet->destination, packet->destination_port,
+					     &packet->source, packet->source_port, now))
+		return;
+	state = tag_state(match.seen_tag);
+	if (state == LBH_UNANSWERED && !refused)
+		count_event(LBH_LATE);
+	if (state != LBH_SEEN && state != LBH_FORWARDED)
+		return;
+	if (!swap_tag(match.tag, match.seen_tag, with_state(match.seen_tag, LBH_SETTLED)))
+		return;
+	slot = match.slot;
+	if (state == LBH_SEEN && refused) {
+		/* Refused by this node itself: no backend was asked. */
+		count_unforwarded(slot);
+		verdict = LBH_VERDICT_UNFORWARDED + slot->unforwarded;
+	} else {
+		stats = hop_stats_of(slot->hop_id);
+		origin = slot->origin;
+		if (stats && origin < LBH_ORIGINS) {
+			/* Answered without a translated SYN at a hook: a backend reached by a way around them. */
+			if (state == LBH_SEEN)
+				stats->forwarded[origin]++;
+			if (refused) {
+				stats->refused++;
+			} else {
+				stats->answered++;
+				observe(&stats->handshake, now - slot->syn_ns);
+			}
+		}
+		if (refused)
+			verdict = LBH_VERDICT_REFUSED;
+	}
+	send_record(config, slot, isn, verdict, now, now);
+}
+
+/* Gives the verdict over a slot that has waited long enough; its tag is already in UNANSWERED. */
+static __always_inline void close_overdue(const struct lbh_settings *config, const struct lbh_handshake *slot, u64 tag,
+					  u64 now)
+{
+	struct lbh_hop_stats *stats;
+	u32 verdict;
+
+	if (tag_state(tag) == LBH_SEEN) {
+		count_unforwarded(slot);
+		verdict = LBH_VERDICT_UNFORWARDED + slot->unforwarded;
+	} else {
+		bool again = slot->retransmits;
+
+		verdict = again ? LBH_VERDICT_TIMEOUT : LBH_VERDICT_REPLY_UNSEEN;
+		stats = hop_stats_of(slot->hop_id);
+		if (stats && again)
+			stats->timeout++;
+		else if (stats)
+			stats->reply_unseen++;
+	}
+	send_record(config, slot, tag >> 32, verdict, now, now);
+}
+
+static __always_inline int watch(struct __sk_buff *skb, bool ethernet, bool ingress)
+{
+	struct lbh_packet packet = {};
+	struct lbh_settings *config;
+	u8 flags;
+	int zero = 0, parsed = lbh_parse(skb, ethernet, &packet);
+
+	if (parsed == LBH_OTHER)
+		return TC_ACT_UNSPEC;
+	if (parsed != LBH_HANDSHAKE) {
+		count_event(LBH_TRUNCATED + parsed - LBH_PARSE_TRUNCATED);
+		return TC_ACT_UNSPEC;
+	}
+	config = settings.lookup(&zero);
+	if (!config)
+		return TC_ACT_UNSPEC;
+	flags = packet.flags & (LBH_TCP_SYN | LBH_TCP_ACK | LBH_TCP_RST | LBH_TCP_FIN);
+	if (ingress) {
+		if (flags == LBH_TCP_SYN)
+			syn_in(skb, config, &packet);
+	} else if (flags == LBH_TCP_SYN) {
+		syn_out(skb, config, &packet);
+	} else if (flags == (LBH_TCP_SYN | LBH_TCP_ACK) || flags == (LBH_TCP_RST | LBH_TCP_ACK)) {
+		answer_out(config, &packet);
+	}
+	return TC_ACT_UNSPEC;
+}
+
+int lbh_ingress(struct __sk_buff *skb)
+{
+	return watch(skb, true, true);
+}
+
+int lbh_egress(struct __sk_buff *skb)
+{
+	return watch(skb, true, false);
+}
+
+/* For devices without an Ethernet header. */
+int lbh_ingress_l3(struct __sk_buff *skb)
+{
+	return watch(skb, false, true);
+}
+
+int lbh_egress_l3(struct __sk_buff *skb)
+{
+	return watch(skb, false, false);
+}
+
+/*
+ * Never attached: the agent runs it by BPF_PROG_TEST_RUN, once for each bucket (repeat), to give the verdict over
+ * handshakes that nobody answered. Done here so that counters and states have one writer side.
+ */
+int lbh_sweep(struct __sk_buff *skb)
+{
+	struct lbh_settings *config;
+	struct lbh_bucket *bucket;
+	u32 *cursor;
+	int zero = 0, index;
+	u64 now = bpf_ktime_get_ns();
+	u32 i;
+
+	config = settings.lookup(&zero);
+	cursor = sweep_cursor.lookup(&zero);
+	if (!config || !cursor)
+		return TC_ACT_UNSPEC;
+	index = (*cursor)++ & (LBH_TABLE_BUCKETS - 1);
+	bucket = handshakes.lookup(&index);
+	if (!bucket)
+		return TC_ACT_UNSPEC;
+	for (i = 0; i < LBH_WAYS; i++) {
+		u64 tag = bucket->tags[i];
+		u32 state = tag_state(tag);
+		struct lbh_handshake *slot = &bucket->slots[i];
+
+		if (state != LBH_SEEN && state != LBH_FORWARDED)
+			continue;
+		if ((u64)tag_age(tag, now) << LBH_TICK_SHIFT < config->verdict_after_ns)
+			continue;
+		if (swap_tag(&bucket->tags[i], tag, with_state(tag, LBH_UNANSWERED)))
+			close_overdue(config, slot, tag, now);
+	}
+	return TC_ACT_UNSPEC;
+}

@@ -1,0 +1,221 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/*
+ * The contract between the programs and the agent: every map key, map value and ring record, every enum and
+ * every histogram bound. otel_lb_hop/core/layout.py mirrors it once; tests/unit/test_layout.py compiles this
+ * file with the host's compiler and compares offsets, sizes and numbers.
+ *
+ * Addresses are 16 bytes in network order, IPv4 mapped (RFC 4291, 2.5.5.2). Ports are in network order, as in
+ * struct tcphdr. Times are CLOCK_MONOTONIC nanoseconds (bpf_ktime_get_ns). Padding is explicit and zero.
+ */
+#ifndef LB_HOP_H
+#define LB_HOP_H
+
+/* Raised with every change of a layout, an enum or a bound below. */
+#define LBH_LAYOUT_VERSION 1
+
+struct lbh_address {
+	u32 words[4];
+};
+
+/* vip_ports: which destinations are VIP ports. */
+struct lbh_vip_key {
+	struct lbh_address address;
+	u16 port;
+	u8 transport; /* IANA protocol number */
+	u8 pad;
+};
+
+/* A connection that is never translated is counted under the reason that held when it began. */
+enum lbh_unforwarded {
+	LBH_DROPPED,
+	LBH_NO_ENDPOINTS,
+	LBH_NO_LOCAL_ENDPOINTS,
+	LBH_UNFORWARDED_REASONS,
+};
+
+struct lbh_vip {
+	u32 vip_id;	/* row of vip_stats, and of hop_stats for a backend that the topology does not know */
+	u8 unforwarded; /* enum lbh_unforwarded */
+	u8 pad[3];
+};
+
+/* backends: which row of hop_stats a translation to this address belongs to (value: u32 hop_id). */
+struct lbh_backend_key {
+	u32 vip_id;
+	struct lbh_address address;
+	u16 port;
+	u16 pad;
+};
+
+enum lbh_origin {
+	LBH_INTERNAL,
+	LBH_EXTERNAL,
+	LBH_ORIGINS,
+};
+
+/*
+ * Upper bounds of the histogram buckets in nanoseconds, inclusive, as OTLP's explicit bounds are; one more
+ * bucket takes what is above the last.
+ */
+#define LBH_BOUNDS(X)                                                                                                  \
+	X(1000)                                                                                                        \
+	X(2500)                                                                                                        \
+	X(5000)                                                                                                        \
+	X(10000)                                                                                                       \
+	X(25000)                                                                                                       \
+	X(50000)                                                                                                       \
+	X(100000)                                                                                                      \
+	X(250000)                                                                                                      \
+	X(500000)                                                                                                      \
+	X(1000000)                                                                                                     \
+	X(2500000)                                                                                                     \
+	X(5000000)                                                                                                     \
+	X(10000000)                                                                                                    \
+	X(25000000)                                                                                                    \
+	X(50000000)                                                                                                    \
+	X(100000000)                                                                                                   \
+	X(250000000)                                                                                                   \
+	X(500000000)                                                                                                   \
+	X(1000000000)                                                                                                  \
+	X(2500000000)                                                                                                  \
+	X(5000000000)
+#define LBH_BUCKETS 22
+
+struct lbh_histogram {
+	u64 sum_ns;
+	u64 buckets[LBH_BUCKETS];
+};
+
+/*
+ * vip_stats, per CPU: one row for each VIP port. Σ connections = Σ hop_stats.forwarded over the VIP port's rows
+ * + Σ unforwarded + those whose SYN has no verdict yet.
+ */
+struct lbh_vip_stats {
+	u64 connections[LBH_ORIGINS];
+	u64 unforwarded[LBH_ORIGINS][LBH_UNFORWARDED_REASONS];
+	u64 retransmits;
+};
+
+/*
+ * hop_stats, per CPU: one row for each (VIP port, hop class, backend node). Σ forwarded = answered + refused +
+ * timeout + reply_unseen + evicted + those whose handshake has no verdict yet.
+ */
+struct lbh_hop_stats {
+	u64 forwarded[LBH_ORIGINS];
+	u64 answered;
+	u64 refused;
+	u64 timeout;	  /* no SYN-ACK, and the client sent its SYN again */
+	u64 reply_unseen; /* no SYN-ACK here, but no second SYN either: the answer took another way */
+	u64 evicted;	  /* pushed out of the handshake table before its verdict */
+	struct lbh_histogram forward;
+	struct lbh_histogram handshake;
+};
+
+/*
+ * Handshake table: LBH_TABLE_BUCKETS (a power of two, set at compile time) buckets of LBH_WAYS slots. A slot's
+ * tag is its ISN (32 bits), state (3) and the time of its first SYN in ticks of 2^23 ns (29); every change of
+ * state is one compare-and-swap of the whole tag, so each verdict is reached exactly once on any number of CPUs.
+ */
+#define LBH_WAYS 8
+#define LBH_TICK_SHIFT 23
+#define LBH_TICK_MASK 0x1fffffffu
+
+enum lbh_state {
+	LBH_FREE,
+	LBH_BUSY,	/* being filled */
+	LBH_SEEN,	/* SYN to a VIP port came in */
+	LBH_FORWARDED,	/* the translated SYN went out */
+	LBH_UNANSWERED, /* verdict without an answer; kept because the client may send its SYN again */
+	LBH_SETTLED,	/* answered or refused; first to make room */
+};
+
+struct lbh_handshake {
+	u64 syn_ns;	 /* first SYN */
+	u64 last_syn_ns; /* latest SYN */
+	struct lbh_address client;
+	struct lbh_address vip;
+	u16 client_port;
+	u16 vip_port;
+	u32 vip_id;
+	u32 in_ifindex;
+	u16 retransmits;
+	u8 origin;	/* enum lbh_origin */
+	u8 unforwarded; /* enum lbh_unforwarded */
+	u64 forward_ns; /* the translated SYN left; 0: not seen */
+	struct lbh_address snat;
+	struct lbh_address backend;
+	u16 snat_port;
+	u16 backend_port;
+	u32 hop_id;
+	u32 out_ifindex;
+	u32 pad[3];
+};
+
+struct lbh_bucket {
+	u64 tags[LBH_WAYS];
+	struct lbh_handshake slots[LBH_WAYS];
+};
+
+enum lbh_verdict {
+	LBH_VERDICT_ANSWERED,
+	LBH_VERDICT_REFUSED,
+	LBH_VERDICT_TIMEOUT,
+	LBH_VERDICT_REPLY_UNSEEN,
+	LBH_VERDICT_UNFORWARDED, /* + enum lbh_unforwarded */
+};
+
+/* One ring record: a connection at its verdict. */
+struct lbh_record {
+	u64 trace_high;
+	u64 trace_low;
+	u64 syn_ns;
+	u64 forward_ns; /* 0: the translated SYN was not seen */
+	u64 end_ns;	/* SYN-ACK or RST out; else the time of the verdict */
+	struct lbh_address client;
+	struct lbh_address snat;
+	struct lbh_address backend;
+	u16 client_port;
+	u16 snat_port;
+	u16 backend_port;
+	u8 verdict; /* enum lbh_verdict */
+	u8 origin;  /* enum lbh_origin */
+	u32 vip_id;
+	u32 hop_id;
+	u32 in_ifindex;
+	u32 out_ifindex;
+	u16 retransmits;
+	u8 pad[6];
+};
+
+/* settings: written once by the agent before anything is attached. */
+struct lbh_settings {
+	u64 hash_seed;		/* secret: nobody outside can aim at one bucket */
+	u64 verdict_after_ns;	/* a handshake without an answer gets its verdict at this age */
+	u64 reject_below;	/* records of good handshakes: kept if the trace id's low 56 bits reach this */
+	u64 record_interval_ns; /* 10^9 / records per second; 0: no record at all */
+	u64 record_burst_ns;	/* how far the records may run ahead of that rate */
+};
+
+/* events, per CPU: what happened to records, and everything that could not be told. */
+enum lbh_event {
+	LBH_RECORD_SENT,
+	LBH_RECORD_RATIO,     /* not sampled */
+	LBH_RECORD_RATE,      /* over the rate */
+	LBH_RECORD_RING_FULL, /* the agent did not keep up */
+	LBH_RECORD_EVICTED,   /* the handshake table had to make room before the verdict */
+	LBH_TRUNCATED,	      /* TCP by its IP header, but no whole TCP header */
+	LBH_FRAGMENT,	      /* a later fragment of TCP: no TCP header in it */
+	LBH_EXTENSION,	      /* more or longer IPv6 extension headers than are followed */
+	LBH_ISN_SHARED,	      /* two untranslated connections with one ISN: the younger was taken */
+	LBH_NO_SLOT,	      /* all slots of a bucket were being filled: a connection counted, but not followed */
+	LBH_LATE,	      /* translated or answered after the verdict */
+	LBH_NO_ROW,	      /* counters of a known id are missing: a defect */
+	LBH_EVENTS,
+};
+
+/* A SYN on another interface within this time is the same packet one device further up or down. */
+#define LBH_SAME_PACKET_NS 200000000ull
+/* Linux gives up connect() after 127 s (tcp_syn_retries 6): an older entry belongs to a connection of the past. */
+#define LBH_FORGET_TICKS (135000000000ull >> LBH_TICK_SHIFT)
+
+#endif

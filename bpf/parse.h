@@ -1,0 +1,182 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/*
+ * From a packet to its TCP handshake fields. Reads only, changes nothing, takes any bytes.
+ */
+#ifndef LBH_PARSE_H
+#define LBH_PARSE_H
+
+#include <linux/if_ether.h>
+#include <linux/in.h>
+#include <linux/ip.h>
+#include <linux/ipv6.h>
+#include <linux/tcp.h>
+
+#define LBH_TCP_FIN 0x01
+#define LBH_TCP_SYN 0x02
+#define LBH_TCP_RST 0x04
+#define LBH_TCP_ACK 0x10
+
+#define LBH_VLAN_TAGS 2
+#define LBH_EXTENSION_HEADERS 6
+/* The verifier wants a bound on what is added to a packet pointer; no header chain of a SYN comes near it. */
+#define LBH_MAX_OFFSET 4096
+
+struct lbh_packet {
+	struct lbh_address source;
+	struct lbh_address destination;
+	u16 source_port;
+	u16 destination_port;
+	u32 sequence;	    /* host order */
+	u32 acknowledgment; /* host order */
+	u8 flags;
+};
+
+enum lbh_parsed {
+	LBH_HANDSHAKE, /* TCP with SYN or RST: the packet is filled in */
+	LBH_OTHER,     /* anything else that is whole */
+	LBH_PARSE_TRUNCATED,
+	LBH_PARSE_FRAGMENT,
+	LBH_PARSE_EXTENSION,
+};
+
+struct lbh_vlan_tag {
+	u16 control;
+	u16 ethertype;
+};
+
+struct lbh_extension {
+	u8 next;
+	u8 length;
+	u16 offset_flags; /* fragment header only (RFC 8200, 4.5) */
+	u32 identification;
+};
+
+/*
+ * A pointer to size bytes at offset: into the packet where they are linear, else to a copy in buffer (headers
+ * may lie in page fragments of the skb). NULL if the packet ends before.
+ */
+static __always_inline void *lbh_header(struct __sk_buff *skb, u32 offset, void *buffer, u32 size)
+{
+	void *start = (void *)(long)skb->data + offset;
+
+	if (start + size <= (void *)(long)skb->data_end)
+		return start;
+	return bpf_skb_load_bytes(skb, offset, buffer, size) ? NULL : buffer;
+}
+
+static __always_inline int lbh_parse_tcp(struct __sk_buff *skb, u32 offset, struct lbh_packet *packet)
+{
+	struct tcphdr buffer, *tcp = lbh_header(skb, offset, &buffer, sizeof(buffer));
+
+	if (!tcp)
+		return LBH_PARSE_TRUNCATED;
+	packet->flags = ((u8 *)tcp)[13];
+	if (!(packet->flags & (LBH_TCP_SYN | LBH_TCP_RST)))
+		return LBH_OTHER;
+	packet->source_port = tcp->source;
+	packet->destination_port = tcp->dest;
+	packet->sequence = bpf_ntohl(tcp->seq);
+	packet->acknowledgment = bpf_ntohl(tcp->ack_seq);
+	return LBH_HANDSHAKE;
+}
+
+static __always_inline int lbh_parse_ipv4(struct __sk_buff *skb, u32 offset, struct lbh_packet *packet)
+{
+	struct iphdr buffer, *ip = lbh_header(skb, offset, &buffer, sizeof(buffer));
+
+	if (!ip)
+		return LBH_PARSE_TRUNCATED;
+	if (ip->protocol != IPPROTO_TCP || ip->version != 4 || ip->ihl < 5)
+		return LBH_OTHER;
+	if (ip->frag_off & bpf_htons(0x1fff))
+		return LBH_PARSE_FRAGMENT;
+	packet->source.words[0] = packet->source.words[1] = 0;
+	packet->source.words[2] = bpf_htonl(0xffff);
+	packet->source.words[3] = ip->saddr;
+	packet->destination.words[0] = packet->destination.words[1] = 0;
+	packet->destination.words[2] = bpf_htonl(0xffff);
+	packet->destination.words[3] = ip->daddr;
+	return lbh_parse_tcp(skb, offset + ip->ihl * 4, packet);
+}
+
+static __always_inline int lbh_parse_ipv6(struct __sk_buff *skb, u32 offset, struct lbh_packet *packet)
+{
+	struct ipv6hdr buffer, *ip = lbh_header(skb, offset, &buffer, sizeof(buffer));
+	u8 next;
+	int i;
+
+	if (!ip)
+		return LBH_PARSE_TRUNCATED;
+	if (ip->version != 6)
+		return LBH_OTHER;
+	packet->source = *(struct lbh_address *)&ip->saddr;
+	packet->destination = *(struct lbh_address *)&ip->daddr;
+	next = ip->nexthdr;
+	offset += sizeof(*ip);
+#pragma unroll
+	for (i = 0; i < LBH_EXTENSION_HEADERS; i++) {
+		struct lbh_extension copy, *extension;
+
+		if (next == IPPROTO_TCP)
+			return lbh_parse_tcp(skb, offset, packet);
+		if (next != IPPROTO_HOPOPTS && next != IPPROTO_ROUTING && next != IPPROTO_DSTOPTS &&
+		    next != IPPROTO_FRAGMENT && next != IPPROTO_AH)
+			return LBH_OTHER;
+		extension = lbh_header(skb, offset, &copy, sizeof(copy));
+		if (!extension)
+			return LBH_PARSE_TRUNCATED;
+		if (next == IPPROTO_FRAGMENT) {
+			if (extension->offset_flags & bpf_htons(0xfff8))
+				return extension->next == IPPROTO_TCP ? LBH_PARSE_FRAGMENT : LBH_OTHER;
+			offset += 8;
+		} else if (next == IPPROTO_AH) {
+			offset += (extension->length + 2) * 4; /* RFC 4302, 2.2 */
+		} else {
+			offset += (extension->length + 1) * 8;
+		}
+		next = extension->next;
+		if (offset > LBH_MAX_OFFSET)
+			return LBH_PARSE_EXTENSION;
+	}
+	return next == IPPROTO_TCP ? lbh_parse_tcp(skb, offset, packet) : LBH_PARSE_EXTENSION;
+}
+
+/*
+ * Parses the packet of a tc hook. ethernet: the device has an Ethernet header (else data starts at the IP
+ * header, as on ipip, wireguard and tun). Tags in the frame are followed; a tag in the skb's metadata is no
+ * part of the data, and skb->protocol then already names what follows it.
+ */
+static __always_inline int lbh_parse(struct __sk_buff *skb, bool ethernet, struct lbh_packet *packet)
+{
+	u16 ethertype = skb->protocol;
+	u32 offset = 0;
+	int i;
+
+	if (ethernet) {
+		struct ethhdr buffer, *frame = lbh_header(skb, 0, &buffer, sizeof(buffer));
+
+		if (!frame)
+			return LBH_OTHER;
+		ethertype = frame->h_proto;
+		offset = sizeof(*frame);
+#pragma unroll
+		for (i = 0; i < LBH_VLAN_TAGS; i++) {
+			struct lbh_vlan_tag copy, *tag;
+
+			if (ethertype != bpf_htons(ETH_P_8021Q) && ethertype != bpf_htons(ETH_P_8021AD))
+				break;
+			tag = lbh_header(skb, offset, &copy, sizeof(copy));
+			if (!tag)
+				return LBH_OTHER;
+			ethertype = tag->ethertype;
+			offset += sizeof(*tag);
+		}
+	}
+	if (ethertype == bpf_htons(ETH_P_IP))
+		return lbh_parse_ipv4(skb, offset, packet);
+	if (ethertype == bpf_htons(ETH_P_IPV6))
+		return lbh_parse_ipv6(skb, offset, packet);
+	return LBH_OTHER;
+}
+
+#endif
