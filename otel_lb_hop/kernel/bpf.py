@@ -1,0 +1,151 @@
+"""bpf(2) by hand: the few commands the agent needs once the programs are loaded, on file descriptors.
+
+A map's descriptor is enough to read and write it, so the main process needs no bcc and no libbpf. Attribute
+layouts: union bpf_attr in include/uapi/linux/bpf.h. Every function raises OSError as the kernel reports it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+import struct
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_NR_BPF = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "ppc64le": 361, "s390x": 351}.get(platform.machine())
+_libc = ctypes.CDLL(None, use_errno=True)
+
+_MAP_LOOKUP_ELEM = 1
+_MAP_UPDATE_ELEM = 2
+_MAP_DELETE_ELEM = 3
+_MAP_GET_NEXT_KEY = 4
+_PROG_TEST_RUN = 10
+_LINK_CREATE = 28
+_OBJ_GET_INFO_BY_FD = 15
+
+BPF_ANY = 0
+BPF_F_BEFORE = 1 << 3
+BPF_TCX_INGRESS = 46
+BPF_TCX_EGRESS = 47
+
+_ATTRIBUTES_SIZE = 128
+_SHORTEST_PACKET = 14
+"""BPF_PROG_TEST_RUN of a tc program wants an Ethernet header at least (net/bpf/test_run.c)."""
+
+
+def _call(command: int, attributes: ctypes.Array[ctypes.c_char]) -> int:
+    if _NR_BPF is None:
+        raise OSError(errno.ENOSYS, f"bpf(2): no system call number known for {platform.machine()}")
+    result = int(_libc.syscall(_NR_BPF, command, attributes, len(attributes)))
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return result
+
+
+def _bpf(command: int, attributes: bytes) -> int:
+    return _call(command, ctypes.create_string_buffer(attributes, _ATTRIBUTES_SIZE))
+
+
+def _address(buffer: ctypes.Array[ctypes.c_char] | None) -> int:
+    return ctypes.addressof(buffer) if buffer is not None else 0
+
+
+def possible_cpus() -> int:
+    """How many copies a per-CPU value has: the possible CPUs, not those online."""
+    with open("/sys/devices/system/cpu/possible", encoding="ascii") as file:  # noqa: PTH123 - one line of sysfs
+        last = file.read().strip().split(",")[-1].split("-")[-1]
+    return int(last) + 1
+
+
+class Map:
+    """A BPF map by its descriptor. Keys and values are bytes; a per-CPU value is its copies one after another."""
+
+    def __init__(self, fd: int, key_size: int, value_size: int, *, per_cpu: bool = False) -> None:
+        self.fd = fd
+        self.key_size = key_size
+        self.value_size = (value_size + 7 & ~7) * possible_cpus() if per_cpu else value_size
+        self._key = ctypes.create_string_buffer(key_size)
+        self._value = ctypes.create_string_buffer(self.value_size)
+
+    def _element(self, command: int, key: bytes, flags: int = BPF_ANY) -> None:
+        if len(key) != self.key_size:
+            raise ValueError(f"a key has {len(key)} bytes, the map wants {self.key_size}")
+        self._key.raw = key
+        _bpf(command, struct.pack("=IxxxxQQQ", self.fd, _address(self._key), _address(self._value), flags))
+
+    def get(self, key: bytes) -> bytes | None:
+        """Read one value; None if the map has no such key."""
+        try:
+            self._element(_MAP_LOOKUP_ELEM, key)
+        except FileNotFoundError:
+            return None
+        return self._value.raw
+
+    def put(self, key: bytes, value: bytes) -> None:
+        """Write one value, new or not. For a per-CPU map a value of zeros may be given as b""."""
+        self._value.raw = value.ljust(self.value_size, b"\0")
+        self._element(_MAP_UPDATE_ELEM, key)
+
+    def delete(self, key: bytes) -> None:
+        """Remove one key; one that is not there is no error."""
+        try:
+            self._element(_MAP_DELETE_ELEM, key)
+        except FileNotFoundError:
+            return
+
+    def keys(self) -> Iterator[bytes]:
+        """Walk over all keys; those that come or go meanwhile may be missed."""
+        key: bytes | None = None
+        following = ctypes.create_string_buffer(self.key_size)
+        while True:
+            at = 0
+            if key is not None:
+                self._key.raw = key
+                at = _address(self._key)
+            try:
+                _bpf(_MAP_GET_NEXT_KEY, struct.pack("=IxxxxQQQ", self.fd, at, _address(following), 0))
+            except FileNotFoundError:
+                return
+            key = following.raw
+            yield key
+
+
+def run_program(fd: int, packet: bytes = b"", repeat: int = 1, context: bytes = b"") -> tuple[int, bytes, int]:
+    """Run a tc program on a packet by BPF_PROG_TEST_RUN.
+
+    Returns (return value, the packet afterwards, average duration in ns). `context` is a struct __sk_buff whose
+    settable fields (ifindex, protocol, ...) are taken over.
+    """
+    data = ctypes.create_string_buffer(packet.ljust(_SHORTEST_PACKET, b"\0"))
+    size = len(data) - 1
+    out = ctypes.create_string_buffer(size + 256)
+    skb = ctypes.create_string_buffer(context, len(context)) if context else None
+    attributes = ctypes.create_string_buffer(
+        struct.pack(
+            "=IIIIQQIIIIQQ",
+            fd, 0, size, len(out), _address(data), _address(out), repeat, 0, len(context), 0, _address(skb), 0,
+        ),
+        _ATTRIBUTES_SIZE,
+    )  # fmt: skip
+    _call(_PROG_TEST_RUN, attributes)
+    _, result, _, out_size = struct.unpack_from("=IIII", attributes)
+    (duration,) = struct.unpack_from("=I", attributes, 36)
+    return result, out.raw[:out_size], duration
+
+
+def attach_tcx(fd: int, ifindex: int, attach_type: int) -> int:
+    """Attach a tc program by a tcx link, before all others; returns the link's descriptor (Linux 6.6 and later)."""
+    return _bpf(_LINK_CREATE, struct.pack("=IIIIIxxxxQ", fd, ifindex, attach_type, BPF_F_BEFORE, 0, 0))
+
+
+def tcx_ifindex(fd: int) -> int:
+    """Name the interface that a tcx link is on; 0 once that was deleted or moved (struct bpf_link_info)."""
+    info = ctypes.create_string_buffer(64)
+    _bpf(_OBJ_GET_INFO_BY_FD, struct.pack("=IIQ", fd, len(info), _address(info)))
+    (ifindex,) = struct.unpack_from("=I", info, 16)
+    return int(ifindex)

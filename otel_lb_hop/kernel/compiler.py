@@ -1,0 +1,86 @@
+"""The compile child: `python -m otel_lb_hop.kernel.compiler SOCKET_FD`, the only code that imports bcc.
+
+bcc with LLVM costs over 100 MiB, so a short-lived process compiles and loads, hands the descriptors of programs
+and maps over its socket (SCM_RIGHTS) and exits. Request and answer are one JSON object each:
+{"source": path, "includes": [path], "defines": {name: value}, "programs": [name], "maps": [name]}
+→ {"programs": [name], "maps": [name]} with as many descriptors in that order, or {"error": text}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+MAX_MESSAGE = 1 << 16
+
+_ARCH_OF = {"x86_64": "x86", "aarch64": "arm64", "riscv64": "riscv", "ppc64le": "powerpc", "s390x": "s390"}
+_UAPI = Path("/usr/include")
+
+
+def make_header_tree(stubs: Path, tree: Path) -> None:
+    """Build what bcc takes as kernel source: our stub headers and links to the C library's UAPI headers.
+
+    No header of the running kernel is needed (Debian: linux-libc-dev has the UAPI headers).
+    """
+    if not (_UAPI / "linux/bpf.h").exists():
+        raise FileNotFoundError(f"{_UAPI}/linux/bpf.h is missing: install linux-libc-dev (Debian) or kernel-headers")
+    machine = platform.machine()
+    shutil.copytree(stubs, tree / "include")
+    uapi = tree / "include/uapi"
+    arch_uapi = tree / f"arch/{_ARCH_OF.get(machine, machine)}/include/uapi"
+    uapi.mkdir()
+    arch_uapi.mkdir(parents=True)
+    (uapi / "linux").symlink_to(_UAPI / "linux")
+    (uapi / "asm-generic").symlink_to(_UAPI / "asm-generic")
+    multiarch = _UAPI / f"{machine}-linux-gnu/asm"
+    (arch_uapi / "asm").symlink_to(multiarch if multiarch.exists() else _UAPI / "asm")
+
+
+def compile_and_load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
+    """Compile the source, load its programs, and name the descriptors in the order of the answer."""
+    started = time.monotonic()
+    try:
+        from bcc import BPF  # noqa: PLC0415 - bcc lives in this function only
+    except ImportError as error:
+        text = (
+            f"the Python package bcc cannot be imported ({error}): install python3-bpfcc (Debian) for {sys.executable}"
+        )
+        raise RuntimeError(text) from error
+    flags = [f"-I{path}" for path in request["includes"]]
+    flags += [f"-D{name}={value}" for name, value in request["defines"].items()]
+    module = BPF(src_file=request["source"], cflags=flags)
+    programs = [module.load_func(name, BPF.SCHED_CLS).fd for name in request["programs"]]
+    maps = [int(module[name].map_fd) for name in request["maps"]]
+    answer = {
+        "programs": request["programs"],
+        "maps": request["maps"],
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    return answer, programs + maps
+
+
+def serve(channel: socket.socket) -> None:
+    """Answer one request on the channel; an error becomes an answer that tells it."""
+    request = json.loads(channel.recv(MAX_MESSAGE))
+    fds: list[int] = []
+    with tempfile.TemporaryDirectory(prefix="otel-lb-hop-") as folder:
+        tree = Path(folder) / "headers"
+        try:
+            make_header_tree(Path(request["headers"]), tree)
+            os.environ["BCC_KERNEL_SOURCE"] = str(tree)
+            answer, fds = compile_and_load(request)
+        except Exception as error:  # noqa: BLE001 - whatever bcc raises, the parent has to hear of it
+            answer = {"error": f"{type(error).__name__}: {error}"}
+    socket.send_fds(channel, [json.dumps(answer).encode()], fds)
+
+
+if __name__ == "__main__":
+    serve(socket.socket(fileno=int(sys.argv[1])))

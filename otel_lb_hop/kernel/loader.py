@@ -1,0 +1,160 @@
+"""Starts the compile child and takes over the programs and maps that it loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import secrets
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from otel_lb_hop.core import layout
+from otel_lb_hop.errors import KernelError
+from otel_lb_hop.kernel.bpf import Map
+from otel_lb_hop.kernel.compiler import MAX_MESSAGE
+
+COMPILE_SECONDS = 60
+PROGRAMS = ("lbh_ingress", "lbh_egress", "lbh_ingress_l3", "lbh_egress_l3", "lbh_sweep")
+
+
+class Sizes(NamedTuple):
+    """Upper limits of the maps; memory follows what is used, except for the handshake table and the ring."""
+
+    vip_ports: int = 16_384
+    backends: int = 262_144
+    hops: int = 65_536
+    uplinks: int = 1_024
+    table_buckets: int = 8_192
+    """Of 8 handshakes and 1,088 bytes each."""
+    ring_pages: int = 1_024
+    """4 MiB: 32,000 records, a quarter of a second at 120,000 connections/s."""
+
+    def defines(self) -> dict[str, int]:
+        """Name them as the C source does."""
+        return {
+            "LBH_MAX_VIP_PORTS": self.vip_ports,
+            "LBH_MAX_BACKENDS": self.backends,
+            "LBH_MAX_HOPS": self.hops,
+            "LBH_MAX_UPLINKS": self.uplinks,
+            "LBH_TABLE_BUCKETS": self.table_buckets,
+            "LBH_RING_PAGES": self.ring_pages,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The programs' descriptors and the maps, alive as long as this process holds them."""
+
+    programs: dict[str, int]
+    vip_ports: Map
+    backends: Map
+    vip_stats: Map
+    hop_stats: Map
+    uplinks: Map
+    settings: Map
+    events: Map
+    records_fd: int
+    sizes: Sizes
+    compile_seconds: float
+
+
+_MAPS = ("vip_ports", "backends", "vip_stats", "hop_stats", "uplinks", "settings", "events", "records")
+
+
+def bpf_folder() -> Path:
+    """Find the C sources: in the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package / "bpf", package.parent / "bpf"):
+        if (folder / "lb_hop.c").exists():
+            return folder
+    raise KernelError(f"the BPF sources are not in {package / 'bpf'}: the installation is not complete")
+
+
+def _kernel_version() -> tuple[int, int]:
+    match = re.match(r"(\d+)\.(\d+)", platform.release())
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
+def _explain(error: str, output: str) -> str:
+    """Say what a failed compile means for an operator; the child's own words stand behind it."""
+    last = output.strip().splitlines()[-1:] or [""]
+    if "Operation not permitted" in error + output or (os.geteuid() != 0 and "Failed to load" in error + output):
+        hint = "loading BPF programs was refused: run as root or with CAP_BPF and CAP_NET_ADMIN"
+    elif "bcc cannot be imported" in error:
+        hint = "bcc is missing"
+    elif "Function not implemented" in error + output:
+        hint = "this kernel has no bpf(2): it needs CONFIG_BPF_SYSCALL and CONFIG_NET_CLS_BPF"
+    else:
+        hint = "compiling or loading the BPF programs failed"
+    return f"{hint}: {error} {last[0]}".strip()
+
+
+def _request(sizes: Sizes) -> dict[str, Any]:
+    folder = bpf_folder()
+    defines = sizes.defines()
+    if _kernel_version() < (5, 12):
+        defines["LBH_NO_COMPARE_EXCHANGE"] = 1
+    return {
+        "source": str(folder / "lb_hop.c"),
+        "includes": [str(folder)],
+        "headers": str(folder / "include"),
+        "defines": defines,
+        "programs": PROGRAMS,
+        "maps": _MAPS,
+    }
+
+
+def _ask_child(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        argv = [sys.executable, "-m", "otel_lb_hop.kernel.compiler", str(theirs.fileno())]
+        with subprocess.Popen(
+            argv, pass_fds=[theirs.fileno()], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as child:
+            theirs.close()
+            ours.settimeout(COMPILE_SECONDS)
+            ours.send(json.dumps(request).encode())
+            try:
+                message, fds, _, _ = socket.recv_fds(ours, MAX_MESSAGE, len(PROGRAMS) + len(_MAPS))
+            except TimeoutError:
+                child.kill()
+                message, fds = b"", []
+            output, _ = child.communicate()
+    # A fatal error inside LLVM ends the child without an answer.
+    answer = json.loads(message) if message else {"error": f"the compile child ended with {child.returncode}"}
+    if "error" in answer:
+        for fd in fds:
+            os.close(fd)
+        raise KernelError(_explain(answer["error"], output))
+    return answer, fds
+
+
+def load(sizes: Sizes | None = None) -> Loaded:
+    """Compile and load the programs in a child process; raises KernelError with what to do about it."""
+    sizes = sizes or Sizes()
+    answer, fds = _ask_child(_request(sizes))
+    fd_of = dict(zip([*answer["programs"], *answer["maps"]], fds, strict=True))
+    return Loaded(
+        programs={name: fd_of[name] for name in PROGRAMS},
+        vip_ports=Map(fd_of["vip_ports"], layout.VIP_KEY.size, layout.VIP_VALUE.size),
+        backends=Map(fd_of["backends"], layout.BACKEND_KEY.size, 4),
+        vip_stats=Map(fd_of["vip_stats"], 4, layout.VIP_STATS_WORDS * 8, per_cpu=True),
+        hop_stats=Map(fd_of["hop_stats"], 4, layout.HOP_STATS_WORDS * 8, per_cpu=True),
+        uplinks=Map(fd_of["uplinks"], 4, 1),
+        settings=Map(fd_of["settings"], 4, layout.SETTINGS.size),
+        events=Map(fd_of["events"], 4, 8, per_cpu=True),
+        records_fd=fd_of["records"],
+        sizes=sizes,
+        compile_seconds=answer["seconds"],
+    )
+
+
+def hash_seed() -> int:
+    """Draw the secret that keeps outsiders from aiming at one bucket of the handshake table."""
+    return secrets.randbits(64)

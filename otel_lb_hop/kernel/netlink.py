@@ -1,0 +1,138 @@
+"""Links and routes of this network namespace through pyroute2: read, watched, and clsact filters set."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from typing import Any
+
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+from pyroute2.netlink.rtnl import RTMGRP_IPV4_ROUTE, RTMGRP_IPV6_ROUTE, RTMGRP_LINK
+
+from otel_lb_hop.core.interfaces import Link
+
+log = logging.getLogger(__name__)
+
+ARPHRD_ETHER = 1
+EEXIST = 17
+INGRESS_PARENT = "ffff:fff2"
+EGRESS_PARENT = "ffff:fff3"
+_UNICAST = 1
+
+
+class Netlink:
+    """One rtnetlink socket for questions and changes. Not for use by two threads at once."""
+
+    def __init__(self) -> None:
+        self._socket = IPRoute()
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+
+    def links(self) -> list[Link]:
+        """List all interfaces but the loopback ones."""
+        return [_link(message) for message in self._socket.get_links() if not message["flags"] & 0x8]
+
+    def gateway_links(self) -> set[int]:
+        """Name the interfaces that a route over a gateway leaves by, in any table and family."""
+        found: set[int] = set()
+        for route in self._socket.get_routes():
+            if route["type"] != _UNICAST:
+                continue
+            if _has_gateway(route):
+                found.add(route.get("oif") or 0)
+            for next_hop in route.get("multipath") or ():
+                if _has_gateway(next_hop):
+                    found.add(next_hop["oif"])
+        return found
+
+    def add_filter(self, ifindex: int, parent: str, fd: int, name: str) -> None:
+        """Attach a tc program in direct-action mode on the clsact qdisc, which is added if need be.
+
+        A filter of ours that a killed agent left is removed first.
+        """
+        try:
+            self._socket.tc("add", "clsact", ifindex)
+        except NetlinkError as error:
+            if error.code != EEXIST:
+                raise
+        self.delete_filter(ifindex, parent, name)
+        self._socket.tc("add-filter", "bpf", ifindex, fd=fd, name=name, parent=parent, prio=1, direct_action=True)
+
+    def delete_filter(self, ifindex: int, parent: str, name: str) -> None:
+        """Remove our filter; the qdisc goes with the last filter on it."""
+        for message in self._filters(ifindex, parent):
+            if _filter_name(message) == name:
+                self._socket.tc(
+                    "del-filter", "bpf", ifindex, handle=message["handle"], parent=parent, prio=message["info"] >> 16
+                )
+
+    def has_filter(self, ifindex: int, parent: str, name: str) -> bool:
+        """Whether our filter is there."""
+        return any(_filter_name(message) == name for message in self._filters(ifindex, parent))
+
+    def delete_empty_clsact(self, ifindex: int) -> None:
+        """Remove the clsact qdisc of an interface if no filter is left on it."""
+        if not any([*self._filters(ifindex, INGRESS_PARENT), *self._filters(ifindex, EGRESS_PARENT)]):
+            self._socket.tc("del", "clsact", ifindex)
+
+    def _filters(self, ifindex: int, parent: str) -> list[Any]:
+        major, minor = parent.split(":")
+        handle = int(major, 16) << 16 | int(minor, 16)
+        return [message for message in self._socket.get_filters(index=ifindex, parent=handle) if message["handle"] != 0]
+
+
+def _filter_name(message: Any) -> str | None:  # noqa: ANN401 - a pyroute2 message
+    options = message.get_attr("TCA_OPTIONS")
+    return options.get_attr("TCA_BPF_NAME") if options else None
+
+
+def _has_gateway(route: Any) -> bool:  # noqa: ANN401 - a pyroute2 message
+    return bool(route.get("gateway") or route.get("via"))
+
+
+def _link(message: Any) -> Link:  # noqa: ANN401 - a pyroute2 message
+    info = message.get("linkinfo")
+    # A lower link in another namespace (a veth's peer) has an index of that namespace.
+    foreign = message.get("link_netnsid") is not None
+    return Link(
+        index=message["index"],
+        name=message.get("ifname"),
+        kind=info.get("kind") if info else None,
+        ethernet=message["ifi_type"] == ARPHRD_ETHER,
+        lower=None if foreign else message.get("link"),
+        master=message.get("master"),
+    )
+
+
+class Monitor:
+    """Tells that a link or a route changed: `changed` is set by a thread that sleeps on a netlink socket."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Event()
+        self._socket = IPRoute()
+        self._socket.bind(RTMGRP_LINK | RTMGRP_IPV4_ROUTE | RTMGRP_IPV6_ROUTE)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="netlink", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._closed.is_set():
+            try:
+                for _ in self._socket.get():
+                    self.changed.set()
+            except OSError as error:
+                if self._closed.is_set():
+                    return
+                # Lost notices (ENOBUFS) are made good by reading everything anew.
+                log.debug("netlink monitor: %s", error)
+                self.changed.set()
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._closed.set()
+        with contextlib.suppress(OSError):
+            self._socket.close()

@@ -1,0 +1,53 @@
+"""Reads the ring buffer of records through its memory map, by time and never by wake-up."""
+
+from __future__ import annotations
+
+import mmap
+import struct
+import sys
+from typing import TYPE_CHECKING
+
+from otel_lb_hop.core.layout import decode_records, walk_ring
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from otel_lb_hop.core.layout import Record
+
+
+class Ring:
+    """The consumer side of one BPF_MAP_TYPE_RINGBUF.
+
+    Layout (kernel/bpf/ringbuf.c): a page with the consumer's position, a page with the producer's, then the data
+    area mapped twice in a row. The kernel publishes a record's header after its bytes; between reading a position
+    and reading the record the interpreter executes far more than any reordering window of the CPU.
+    """
+
+    def __init__(self, fd: int, pages: int) -> None:
+        page = mmap.PAGESIZE
+        self.capacity = pages * page
+        self._consumer = mmap.mmap(fd, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        self._producer = mmap.mmap(fd, page + 2 * self.capacity, mmap.MAP_SHARED, mmap.PROT_READ, offset=page)
+        self._data = memoryview(self._producer)[page:]
+        self._position = int.from_bytes(self._consumer[:8], sys.byteorder)
+        self.wrong_size = 0
+
+    @property
+    def pending(self) -> int:
+        """Bytes that wait to be read."""
+        return int.from_bytes(self._producer[:8], sys.byteorder) - self._position
+
+    def drain(self, limit: int) -> Iterator[Record]:
+        """Take up to `limit` records and give their space back to the kernel."""
+        produced = int.from_bytes(self._producer[:8], sys.byteorder)
+        taken = walk_ring(self._data, self._position, produced, limit)
+        self._position = taken.position
+        self.wrong_size += taken.wrong_size
+        struct.pack_into("=Q", self._consumer, 0, self._position)
+        return decode_records(taken.payloads)
+
+    def close(self) -> None:
+        """Unmap it."""
+        self._data.release()
+        self._producer.close()
+        self._consumer.close()
