@@ -1,0 +1,47 @@
+"""The VIP file as a source of the topology: read at start, read again when it changes."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from otel_lb_hop.cluster.static_file import decode, parse
+from otel_lb_hop.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from otel_lb_hop.model import Cluster
+
+_Stamp = tuple[int, int, int, int]
+
+
+class FileSource:
+    """One file on disk. Its stamp (device, inode, size, mtime) is looked at; it is read only when that differs.
+
+    A ConfigMap volume swaps a symbolic link: the stamp follows links, so that is seen as well.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stamp: _Stamp | None = None
+
+    def poll(self) -> Cluster | None:
+        """Answer the new content, or None if nothing changed.
+
+        Raises ConfigError if the file is wrong or cannot be read. A wrong file is not read again until it changes;
+        one that cannot be read is tried at each call.
+        """
+        try:
+            with self._path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+                if stamp == self._stamp:
+                    return None
+                raw = file.read()
+        except OSError as error:
+            self._stamp = None
+            problem = Problem(str(self._path), error.strerror or str(error), "a readable VIP file")
+            raise ConfigError([problem]) from error
+        self._stamp = stamp
+        return parse(decode(raw), str(self._path))
