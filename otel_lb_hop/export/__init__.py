@@ -1,0 +1,1 @@
+"""The only room that speaks OTLP: resource, metrics, records, shipper, exporters."""
