@@ -1,0 +1,78 @@
+"""The command `otel-lb-hop`. Exit codes: 0 done, 1 the kernel or bcc refused, 2 a setting or the VIP file is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from otel_lb_hop import __version__
+from otel_lb_hop.agent import Agent
+from otel_lb_hop.cluster.file_source import FileSource
+from otel_lb_hop.config import VIPS_FILE, Config, closest_setting
+from otel_lb_hop.errors import ConfigError, KernelError
+from otel_lb_hop.ops.logs import set_up_logging
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+EXIT_KERNEL = 1
+EXIT_CONFIG = 2
+
+log = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the return value is the exit code."""
+    parser = argparse.ArgumentParser(prog="otel-lb-hop", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("run", help="watch this node until SIGTERM or SIGINT; configured by the environment")
+    commands.add_parser("version", help="print the version")
+    arguments = parser.parse_args(argv)
+    if arguments.command == "version":
+        print(__version__)
+        return 0
+    try:
+        run(os.environ)
+    except ConfigError as error:
+        print(f"otel-lb-hop: the configuration is wrong:\n{error}", file=sys.stderr)
+        return EXIT_CONFIG
+    except KernelError as error:
+        print(f"otel-lb-hop: {error}", file=sys.stderr)
+        return EXIT_KERNEL
+    return 0
+
+
+def run(environ: Mapping[str, str]) -> None:
+    """Run the agent until it is told to stop."""
+    config = read_config(environ)
+    set_up_logging(config.log_level)
+    for name in config.unknown:
+        near = closest_setting(name)
+        log.warning("%s is no setting%s", name, f"; is {near} meant?" if near else "")
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    agent = Agent(config)
+    agent.start()
+    agent.run(stop)
+
+
+def read_config(environ: Mapping[str, str]) -> Config:
+    """Read the settings; what is wrong in them and in the VIP file is told together."""
+    try:
+        return Config.from_environ(environ, socket.gethostname())
+    except ConfigError as error:
+        problems = list(error.problems)
+        try:
+            if path := environ.get(VIPS_FILE.name, "").strip():
+                FileSource(Path(path)).poll()
+        except ConfigError as file_error:
+            problems += file_error.problems
+        raise ConfigError(problems) from error

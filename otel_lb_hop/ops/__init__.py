@@ -1,0 +1,1 @@
+"""What a person uses: health and the local API."""

@@ -1,0 +1,35 @@
+"""The agent's own log on stderr: one line per cause and ten seconds, however often the cause comes up."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+QUIET_SECONDS = 10.0
+
+
+class OncePerCause(logging.Filter):
+    """Lets the same message (by its text before the arguments go in) through once in `QUIET_SECONDS`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._next: dict[tuple[str, object], float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Decide over one line; information is never held back."""
+        if record.levelno <= logging.INFO:
+            return True
+        now = time.monotonic()
+        key = (record.name, record.msg)
+        if now < self._next.get(key, 0.0):
+            return False
+        self._next[key] = now + QUIET_SECONDS
+        return True
+
+
+def set_up_logging(level: str) -> None:
+    """Send log lines of `level` and above to stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.addFilter(OncePerCause())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
