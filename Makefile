@@ -1,0 +1,50 @@
+# Every command installs what it needs first (Debian packages, a virtual environment); `make help` lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+PYTHON := .venv/bin/python
+
+.PHONY: help
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+.PHONY: setup
+setup: ## install what the other commands need: Debian packages, .venv
+	@tests/setup.sh
+
+.PHONY: check
+check: setup ## formatting, linting, types, layers: ruff, mypy, import-linter, clang-format, shellcheck
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports --no-logo
+	.venv/bin/clang-format --dry-run --Werror bpf/*.[ch] bpf/include/*/*.h tests/bench/*.c
+	shellcheck tests/*.sh .ci/run
+
+.PHONY: test
+test: check ## everything this machine can test; skips are listed with their reasons (CI=true: a skip fails)
+	$(PYTHON) -m tests.peers.build --if-possible otelcol
+	$(PYTHON) -m pytest -n 2 --dist loadgroup
+
+.PHONY: demo
+demo: setup ## real traffic through two VIPs, an agent on each node, and what it tells
+	$(PYTHON) -m tests.demo
+
+.PHONY: bench
+bench: setup ## what it costs, each row a ratio or a figure of one run
+	$(PYTHON) -m tests.bench
+
+.PHONY: lab
+lab: setup ## a lab to look around in: make lab CMD="up --nodes 3"
+	$(PYTHON) -m tests.lab $(or $(CMD),--help)
+
+.PHONY: format
+format: setup ## format the sources
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+	.venv/bin/clang-format -i bpf/*.[ch] bpf/include/*/*.h tests/bench/*.c
+
+.PHONY: clean
+clean: ## remove what the commands made in this tree
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist build
+	find . -name __pycache__ -prune -exec rm -rf {} +
