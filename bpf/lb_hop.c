@@ -22,7 +22,10 @@ BPF_F_TABLE("percpu_hash", u32, struct lbh_hop_stats, hop_stats, LBH_MAX_HOPS, B
 /* Key: an interface that leads out of the cluster; a SYN that came in by it is external. */
 BPF_F_TABLE("hash", u32, u8, uplinks, LBH_MAX_UPLINKS, BPF_F_NO_PREALLOC);
 BPF_ARRAY(settings, struct lbh_settings, 1);
-BPF_ARRAY(handshakes, struct lbh_bucket, LBH_TABLE_BUCKETS);
+/* Index: bucket. */
+BPF_ARRAY(handshake_tags, struct lbh_tags, LBH_TABLE_BUCKETS);
+/* Index: bucket * LBH_WAYS + way. */
+BPF_ARRAY(handshakes, struct lbh_handshake, LBH_TABLE_BUCKETS *LBH_WAYS);
 BPF_PERCPU_ARRAY(events, u64, LBH_EVENTS);
 /* When the next record would be due at exactly the record rate (GCRA). */
 BPF_ARRAY(record_due_ns, u64, 1);
@@ -35,9 +38,11 @@ struct lbh_trace_id {
 	u64 low;
 };
 
+/* A place in the handshake table. */
 struct lbh_match {
-	struct lbh_bucket *bucket;
-	struct lbh_handshake *slot; /* NULL: none */
+	struct lbh_tags *tags; /* of the bucket */
+	u32 bucket;
+	struct lbh_handshake *slot;
 	u64 *tag;
 	u64 seen_tag; /* the tag as it was when it matched */
 };
@@ -102,9 +107,17 @@ static __always_inline u64 mix(u64 value)
 	return value ^ value >> 31;
 }
 
-static __always_inline struct lbh_bucket *bucket_of(const struct lbh_settings *config, u32 isn)
+/* Finds the bucket of an ISN; false only if the map is missing. */
+static __always_inline bool find_bucket(struct lbh_match *match, const struct lbh_settings *config, u32 isn)
 {
-	int index = mix(config->hash_seed ^ isn) & (LBH_TABLE_BUCKETS - 1);
+	match->bucket = mix(config->hash_seed ^ isn) & (LBH_TABLE_BUCKETS - 1);
+	match->tags = handshake_tags.lookup((int *)&match->bucket);
+	return match->tags;
+}
+
+static __always_inline struct lbh_handshake *slot_of(u32 bucket, u32 way)
+{
+	int index = bucket * LBH_WAYS + way;
 
 	return handshakes.lookup(&index);
 }
@@ -260,15 +273,14 @@ static __always_inline u32 victim_score(u64 tag, u64 now)
  * Takes a slot of the bucket for a new handshake. The table never refuses: in a full bucket the least needed
  * handshake gives way, and is counted. NULL only if other CPUs are filling what was chosen.
  */
-static __always_inline struct lbh_handshake *take_slot(struct lbh_match *match, u32 isn, u64 now)
+static __always_inline struct lbh_handshake *take_slot(struct lbh_match *match, u64 now)
 {
-	struct lbh_bucket *bucket = match->bucket;
 	u32 best = 0, way = 0, i, state;
 	u64 tag;
 
 #pragma unroll
 	for (i = 0; i < LBH_WAYS; i++) {
-		u64 candidate = bucket->tags[i];
+		u64 candidate = match->tags->ways[i];
 		u32 score = victim_score(candidate, now);
 
 		if (tag_state(candidate) != LBH_BUSY && score >= best) {
@@ -277,37 +289,40 @@ static __always_inline struct lbh_handshake *take_slot(struct lbh_match *match, 
 		}
 	}
 	way &= LBH_WAYS - 1;
-	tag = bucket->tags[way];
+	match->tag = &match->tags->ways[way];
+	tag = *match->tag;
 	state = tag_state(tag);
-	if (state == LBH_BUSY || !swap_tag(&bucket->tags[way], tag, with_state(tag, LBH_BUSY)))
+	match->slot = slot_of(match->bucket, way);
+	if (!match->slot || state == LBH_BUSY || !swap_tag(match->tag, tag, with_state(tag, LBH_BUSY)))
 		return NULL;
-	match->slot = &bucket->slots[way];
-	match->tag = &bucket->tags[way];
 	match->seen_tag = with_state(tag, LBH_BUSY);
 	if (state == LBH_SEEN || state == LBH_FORWARDED)
 		count_evicted(match->slot, state);
 	return match->slot;
 }
 
-/* The entry of this client's connection to this VIP port, if the table has it. */
+/*
+ * The entry of this client's connection to this VIP port, if the table has it. By address and not by id: a VIP port
+ * gets another id when its Service changes, and an open connection stays the same.
+ */
 static __always_inline bool find_handshake(struct lbh_match *match, u32 isn, const struct lbh_address *client,
 					   u16 client_port, const struct lbh_address *vip, u16 vip_port, u64 now)
 {
-	struct lbh_bucket *bucket = match->bucket;
 	u32 i;
 
-#pragma unroll
+#pragma clang loop unroll(disable)
 	for (i = 0; i < LBH_WAYS; i++) {
-		u64 tag = bucket->tags[i];
-		struct lbh_handshake *slot = &bucket->slots[i];
+		u64 tag = match->tags->ways[i];
+		struct lbh_handshake *slot;
 
 		if (tag >> 32 != isn || tag_state(tag) < LBH_SEEN || tag_age(tag, now) > LBH_FORGET_TICKS)
 			continue;
-		if (slot->client_port != client_port || slot->vip_port != vip_port ||
+		slot = slot_of(match->bucket, i);
+		if (!slot || slot->client_port != client_port || slot->vip_port != vip_port ||
 		    !same_address(&slot->client, client) || !same_address(&slot->vip, vip))
 			continue;
 		match->slot = slot;
-		match->tag = &bucket->tags[i];
+		match->tag = &match->tags->ways[i];
 		match->seen_tag = tag;
 		return true;
 	}
@@ -317,24 +332,26 @@ static __always_inline bool find_handshake(struct lbh_match *match, u32 isn, con
 /* The youngest entry that waits for its translation under this ISN; late: one whose verdict was already given. */
 static __always_inline bool find_untranslated(struct lbh_match *match, u32 isn, bool *late)
 {
-	struct lbh_bucket *bucket = match->bucket;
 	u32 i, found = 0;
 
-#pragma unroll
+#pragma clang loop unroll(disable)
 	for (i = 0; i < LBH_WAYS; i++) {
-		u64 tag = bucket->tags[i];
-		struct lbh_handshake *slot = &bucket->slots[i];
+		u64 tag = match->tags->ways[i];
+		struct lbh_handshake *slot;
 
-		if (tag >> 32 != isn)
+		if (tag >> 32 != isn || (tag_state(tag) != LBH_SEEN && tag_state(tag) != LBH_UNANSWERED))
 			continue;
-		if (tag_state(tag) == LBH_UNANSWERED && !slot->forward_ns)
-			*late = true;
-		if (tag_state(tag) != LBH_SEEN)
+		slot = slot_of(match->bucket, i);
+		if (!slot)
 			continue;
-		if (found++ && slot->syn_ns < match->slot->syn_ns)
+		if (tag_state(tag) == LBH_UNANSWERED) {
+			*late |= !slot->forward_ns;
+			continue;
+		}
+		if (found++ && match->slot && slot->syn_ns < match->slot->syn_ns)
 			continue;
 		match->slot = slot;
-		match->tag = &bucket->tags[i];
+		match->tag = &match->tags->ways[i];
 		match->seen_tag = tag;
 	}
 	if (found > 1)
@@ -359,8 +376,7 @@ static __always_inline void syn_in(struct __sk_buff *skb, const struct lbh_setti
 		return;
 	vip_id = vip->vip_id;
 	stats = vip_stats.lookup(&vip_id);
-	match.bucket = bucket_of(config, packet->sequence);
-	if (!stats || !match.bucket) {
+	if (!stats || !find_bucket(&match, config, packet->sequence)) {
 		count_event(LBH_NO_ROW);
 		return;
 	}
@@ -378,7 +394,7 @@ static __always_inline void syn_in(struct __sk_buff *skb, const struct lbh_setti
 	}
 	origin = uplinks.lookup(&ifindex) ? LBH_EXTERNAL : LBH_INTERNAL;
 	stats->connections[origin]++;
-	slot = take_slot(&match, packet->sequence, now);
+	slot = take_slot(&match, now);
 	if (!slot) {
 		/* Nobody will tell what becomes of it: its verdict is now, so that the counts still add up. */
 		stats->unforwarded[origin][LBH_DROPPED]++;
@@ -406,14 +422,14 @@ static __always_inline void syn_out(struct __sk_buff *skb, const struct lbh_sett
 				    const struct lbh_packet *packet)
 {
 	struct lbh_backend_key key = {.address = packet->destination, .port = packet->destination_port};
-	struct lbh_match match = {.bucket = bucket_of(config, packet->sequence)};
+	struct lbh_match match = {};
 	struct lbh_handshake *slot;
 	struct lbh_hop_stats *stats;
 	bool late = false;
 	u32 *known, origin;
 	u64 now;
 
-	if (!match.bucket)
+	if (!find_bucket(&match, config, packet->sequence))
 		return;
 	if (!find_untranslated(&match, packet->sequence, &late)) {
 		if (late)
@@ -421,6 +437,8 @@ static __always_inline void syn_out(struct __sk_buff *skb, const struct lbh_sett
 		return;
 	}
 	slot = match.slot;
+	if (!slot)
+		return;
 	if (slot->vip_port == packet->destination_port && same_address(&slot->vip, &packet->destination))
 		return; /* not translated: bridged or routed on as it came */
 	if (!swap_tag(match.tag, match.seen_tag, with_state(match.seen_tag, LBH_FORWARDED)))
@@ -446,16 +464,19 @@ static __always_inline void syn_out(struct __sk_buff *skb, const struct lbh_sett
 /* A SYN-ACK or RST leaves from a VIP port: the end of the handshake that its acknowledgment number names. */
 static __always_inline void answer_out(const struct lbh_settings *config, const struct lbh_packet *packet)
 {
-	u32 isn = packet->acknowledgment - 1, state, origin;
-	struct lbh_match match = {.bucket = bucket_of(config, isn)};
+	u32 isn = packet->acknowledgment - 1, verdict = LBH_VERDICT_ANSWERED, state, origin;
 	bool refused = packet->flags & LBH_TCP_RST;
+	struct lbh_match match = {};
 	struct lbh_handshake *slot;
 	struct lbh_hop_stats *stats;
-	u32 verdict = LBH_VERDICT_ANSWERED;
-	u64 now = bpf_ktime_get_ns();
+	u64 now;
 
-	if (!match.bucket || !find_handshake(&match, isn, &packet->destination, packet->destination_port,
-					     &packet->source, packet->source_port, now))
+	/* Not by a look at vip_ports: a handshake outlives the VIP port that is deleted meanwhile. */
+	if (!find_bucket(&match, config, isn))
+		return;
+	now = bpf_ktime_get_ns();
+	if (!find_handshake(&match, isn, &packet->destination, packet->destination_port, &packet->source,
+			    packet->source_port, now))
 		return;
 	state = tag_state(match.seen_tag);
 	if (state == LBH_UNANSWERED && !refused)
@@ -568,30 +589,31 @@ int lbh_egress_l3(struct __sk_buff *skb)
 int lbh_sweep(struct __sk_buff *skb)
 {
 	struct lbh_settings *config;
-	struct lbh_bucket *bucket;
-	u32 *cursor;
-	int zero = 0, index;
+	struct lbh_tags *tags;
+	u32 *cursor, bucket, i;
+	int zero = 0;
 	u64 now = bpf_ktime_get_ns();
-	u32 i;
 
 	config = settings.lookup(&zero);
 	cursor = sweep_cursor.lookup(&zero);
 	if (!config || !cursor)
 		return TC_ACT_UNSPEC;
-	index = (*cursor)++ & (LBH_TABLE_BUCKETS - 1);
-	bucket = handshakes.lookup(&index);
-	if (!bucket)
+	bucket = (*cursor)++ & (LBH_TABLE_BUCKETS - 1);
+	tags = handshake_tags.lookup((int *)&bucket);
+	if (!tags)
 		return TC_ACT_UNSPEC;
+#pragma clang loop unroll(disable)
 	for (i = 0; i < LBH_WAYS; i++) {
-		u64 tag = bucket->tags[i];
+		u64 tag = tags->ways[i];
 		u32 state = tag_state(tag);
-		struct lbh_handshake *slot = &bucket->slots[i];
+		struct lbh_handshake *slot;
 
 		if (state != LBH_SEEN && state != LBH_FORWARDED)
 			continue;
 		if ((u64)tag_age(tag, now) << LBH_TICK_SHIFT < config->verdict_after_ns)
 			continue;
-		if (swap_tag(&bucket->tags[i], tag, with_state(tag, LBH_UNANSWERED)))
+		slot = slot_of(bucket, i);
+		if (slot && swap_tag(&tags->ways[i], tag, with_state(tag, LBH_UNANSWERED)))
 			close_overdue(config, slot, tag, now);
 	}
 	return TC_ACT_UNSPEC;

@@ -115,6 +115,8 @@ struct lbh_hop_stats {
  * Handshake table: LBH_TABLE_BUCKETS (a power of two, set at compile time) buckets of LBH_WAYS slots. A slot's
  * tag is its ISN (32 bits), state (3) and the time of its first SYN in ticks of 2^23 ns (29); every change of
  * state is one compare-and-swap of the whole tag, so each verdict is reached exactly once on any number of CPUs.
+ * The tags of a bucket are one cache line in a map of their own, small enough to stay in the cache, because every
+ * SYN that leaves the node is looked up there; slots are touched only by what belongs to a VIP port.
  */
 #define LBH_WAYS 8
 #define LBH_TICK_SHIFT 23
@@ -151,9 +153,8 @@ struct lbh_handshake {
 	u32 pad[3];
 };
 
-struct lbh_bucket {
-	u64 tags[LBH_WAYS];
-	struct lbh_handshake slots[LBH_WAYS];
+struct lbh_tags {
+	u64 ways[LBH_WAYS];
 };
 
 enum lbh_verdict {

@@ -44,4 +44,4 @@ class FileSource:
             problem = Problem(str(self._path), error.strerror or str(error), "a readable VIP file")
             raise ConfigError([problem]) from error
         self._stamp = stamp
-        return parse(decode(raw), str(self._path))
+        return parse(decode(raw, str(self._path)), str(self._path))

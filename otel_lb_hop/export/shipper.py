@@ -42,6 +42,7 @@ class Shipper:
     def __init__(self, signal: str, exporters: Sequence[Any], queue_records: int = QUEUE_RECORDS) -> None:
         self.signal = signal
         self.last_error: str | None = None
+        self._log = log.getChild(signal)  # to ops.logs, the same line about another signal is another cause
         self._exporters = exporters
         self._limit = queue_records
         self._queue: deque[Any] = deque()
@@ -129,12 +130,12 @@ class Shipper:
         good = True
         for exporter in self._exporters:
             try:
-                result = self._send(exporter, batch)
-            except Exception as error:  # noqa: BLE001 - a plugin may raise anything; the agent goes on
+                result = self._send(exporter, batch).name
+            except Exception as error:  # noqa: BLE001 - a plugin may raise or answer anything; the agent goes on
                 good = self._note(f"{type(error).__name__}: {error}")
                 continue
-            if result.name != "SUCCESS":
-                good = self._note(f"{type(exporter).__name__} answered {result.name}: is its Collector there?")
+            if result != "SUCCESS":
+                good = self._note(f"{type(exporter).__name__} answered {result}: is its Collector there?")
         if good:
             self.last_error = None
         return good
@@ -144,7 +145,7 @@ class Shipper:
 
     def _note(self, error: str) -> bool:
         if error != self.last_error:
-            log.warning("%s could not be exported: %s", self.signal, error)
+            self._log.warning("%s could not be exported: %s", self.signal, error)
         self.last_error = error
         return False
 

@@ -76,7 +76,9 @@ class Map:
         if len(key) != self.key_size:
             raise ValueError(f"a key has {len(key)} bytes, the map wants {self.key_size}")
         self._key.raw = key
-        _bpf(command, struct.pack("=IxxxxQQQ", self.fd, _address(self._key), _address(self._value), flags))
+        # The kernel refuses a delete with a value.
+        value = 0 if command == _MAP_DELETE_ELEM else _address(self._value)
+        _bpf(command, struct.pack("=IxxxxQQQ", self.fd, _address(self._key), value, flags))
 
     def get(self, key: bytes) -> bytes | None:
         """Read one value; None if the map has no such key."""

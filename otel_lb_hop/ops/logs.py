@@ -13,14 +13,14 @@ class OncePerCause(logging.Filter):
 
     def __init__(self) -> None:
         super().__init__()
-        self._next: dict[tuple[str, object], float] = {}
+        self._next: dict[tuple[str, str], float] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Decide over one line; information is never held back."""
         if record.levelno <= logging.INFO:
             return True
         now = time.monotonic()
-        key = (record.name, record.msg)
+        key = (record.name, str(record.msg))
         if now < self._next.get(key, 0.0):
             return False
         self._next[key] = now + QUIET_SECONDS

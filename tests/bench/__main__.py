@@ -1,0 +1,270 @@
+"""`make bench`: what the agent costs. Each row is one run's figure or ratio beside its aim; nothing here is a test.
+
+The path is that of a hop that was needed: client → router → node1 (takes it in) → node2 (backend), an agent on
+both nodes, records on. Client and server run on one core and the agents on the other, so what is compared is what
+the programs add to the packets' path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import socket
+import statistics
+import struct
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from otel_lb_hop.core.layout import Settings
+from otel_lb_hop.core.topology import Topology
+from otel_lb_hop.kernel import bpf, loader
+from otel_lb_hop.kernel.tables import KernelTables
+from otel_lb_hop.model import Backend, Cluster, Policy, Transport, VipPort, pack_address
+from tests.bench.measure import RunTime, bpf_stats, cpu_seconds, empty_program, rss_mib, run_time, run_times
+from tests.lab import Lab
+from tests.lab.agent import Agent
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+VIP, PORT = "10.0.10.9", 80
+TRAFFIC_CPU, AGENT_CPU = "0", "1"
+QUIET = {"OTEL_METRICS_EXPORTER": "none", "OTEL_LOGS_EXPORTER": "none", "OTEL_TRACES_EXPORTER": "none"}
+SENDING = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://172.30.0.1:4317"}
+
+
+class Row(NamedTuple):
+    """One line of the bench."""
+
+    what: str
+    figure: float
+    unit: str
+    aim: str
+    good: bool
+
+
+class Path3(NamedTuple):
+    """The lab with its traffic programs."""
+
+    lab: Lab
+    program: Path
+
+    def call(self, milliseconds: int) -> tuple[int, float]:
+        """Make connections; answers how many and the rate per second."""
+        argv = ["taskset", "-c", TRAFFIC_CPU, str(self.program), "call", VIP, str(PORT), str(milliseconds)]
+        made, failed, took_ns = map(int, self.lab.client.run(argv).stdout.split())
+        if failed:
+            raise AssertionError(f"{failed} of {made + failed} connections failed")
+        return made, made / took_ns * 1e9
+
+
+@contextlib.contextmanager
+def traffic_path(folder: Path) -> Iterator[Path3]:
+    """Bring up the lab with a server on node2's pod; only node1 announces the VIP."""
+    program = folder / "connections"
+    source = Path(__file__).with_name("connections.c")
+    subprocess.run(["cc", "-O2", "-o", str(program), str(source)], check=True)
+    with Lab(nodes=2) as lab:
+        first, second = lab.nodes
+        for node in lab.nodes:
+            # A closed connection gives its port back at once: one backend is called some 10,000 times a second.
+            node.sysctl("net.netfilter.nf_conntrack_tcp_timeout_close", 1)
+        vip_port = lab.vip_port(VIP, PORT, service="bench", backends=[second.pods[0]], target_port=8080)
+        lab.apply([vip_port], announce={VIP: [first]})
+        argv = ["taskset", "-c", TRAFFIC_CPU, str(program), "serve", "8080"]
+        with second.pods[0].popen(argv, stdout=subprocess.PIPE) as server:
+            assert server.stdout is not None
+            server.stdout.readline()
+            try:
+                yield Path3(lab, program)
+            finally:
+                server.kill()
+
+
+@contextlib.contextmanager
+def agents(path: Path3, env: dict[str, str]) -> Iterator[list[Agent]]:
+    """Run an agent on each node, on its own core."""
+    with contextlib.ExitStack() as stack:
+        pinned = [
+            stack.enter_context(Agent(node, path.lab.vips_path, env, prefix=["taskset", "-c", AGENT_CPU]))
+            for node in path.lab.nodes
+        ]
+        for agent in pinned:
+            agent.wait_ready()
+        yield pinned
+        for agent in pinned:
+            agent.stop()
+
+
+def connection_rate(path: Path3, rounds: int) -> Iterator[Row]:
+    """Compare the rate with and without agents, in turn, and time the programs."""
+    ratios = []
+    with_agents: list[float] = []
+    for _ in range(rounds):
+        _, before = path.call(1500)
+        with agents(path, SENDING):
+            _, during = path.call(1500)
+        _, after = path.call(1500)
+        with_agents.append(during)
+        ratios.append(during / ((before + after) / 2))
+    ratio = statistics.median(ratios)
+    yield Row("connection rate with agents, records on / without", ratio, "", ">= 0.98", ratio >= 0.98)
+    yield Row("  connections/s with agents", statistics.median(with_agents), "1/s", "", good=True)
+
+
+def program_time(path: Path3) -> Iterator[Row]:
+    """Time our programs on the path, and empty programs on the same hooks: the difference is ours.
+
+    The kernel's timing of a program has a cost of its own, larger than a short program's.
+    """
+    empty = empty_program()
+    links = [link for node in path.lab.nodes for link in node.in_netns(lambda: _attach_everywhere(empty))]
+    with bpf_stats():
+        idle = _path_time(path, lambda: {"empty": run_time(empty)})
+    for link in links:
+        os.close(link)
+    with agents(path, SENDING), bpf_stats():
+        ours = _path_time(path, lambda: {name: run_times()[name] for name in ("lbh_ingress", "lbh_egress")})
+    for name, time_used in (idle | ours).items():
+        yield Row(f"  {name}: time a run", time_used.ns / time_used.runs, "ns", "", good=True)
+    over = sum(each.ns for each in ours.values()) - sum(each.ns for each in idle.values())
+    yield Row(
+        "program time per connection and node, all hooks, over empty ones", over / 1000, "us", "<= 0.7", over <= 700
+    )
+    runs = sum(each.runs for each in ours.values())
+    yield Row("  runs per connection and node", runs, "", "", good=True)
+
+
+def _attach_everywhere(program: int) -> list[int]:
+    return [
+        bpf.attach_tcx(program, index, hook)
+        for index, name in socket.if_nameindex()
+        if name != "lo"
+        for hook in (bpf.BPF_TCX_INGRESS, bpf.BPF_TCX_EGRESS)
+    ]
+
+
+def _path_time(path: Path3, read: Callable[[], dict[str, RunTime]]) -> dict[str, RunTime]:
+    """Measure what programs use per connection and node; both nodes see the whole connection."""
+    path.call(300)
+    before = read()
+    made, _ = path.call(2000)
+    after = read()
+    return {
+        name: RunTime((after[name].ns - before[name].ns) / made / 2, (after[name].runs - before[name].runs) / made / 2)
+        for name in after
+    }
+
+
+def one_agent(path: Path3) -> Iterator[Row]:
+    """Start an agent under traffic and see what it counted at last; then let others idle."""
+    node = path.lab.nodes[0]
+    with Agent(node, path.lab.vips_path, {**QUIET, "OTEL_METRICS_EXPORTER": "console"}) as agent:
+        made_at = []
+        while agent.readyz()[0] != 200 or time.monotonic() - agent.spawned < 4:
+            (made,) = path.lab.connect(VIP, PORT, 1, concurrency=1)
+            made_at.append(time.monotonic() - agent.spawned)
+            assert made.ok
+        agent.stop()
+        first = made_at[-_counted(agent.output)]
+        yield Row("time to the first counted connection", first, "s", "<= 2.5", first <= 2.5)
+    with Agent(node, path.lab.vips_path, QUIET) as agent:
+        agent.wait_ready()
+        time.sleep(2)
+        memory = rss_mib(agent.process.pid)
+        yield Row("RSS idle, no exporter", memory, "MiB", "<= 56", memory <= 56)
+        before = cpu_seconds(agent.process.pid)
+        time.sleep(5)
+        idle = (cpu_seconds(agent.process.pid) - before) / 5 * 100
+        yield Row("CPU idle", idle, "% of a core", "<= 0.2", idle <= 0.2)
+        agent.stop()
+    with Agent(node, path.lab.vips_path, SENDING) as agent:
+        agent.wait_ready()
+        time.sleep(2)
+        memory = rss_mib(agent.process.pid)
+        yield Row("RSS idle, OTLP/gRPC for all signals", memory, "MiB", "<= 56", memory <= 56)
+
+
+def _counted(output: str) -> int:
+    """Add up lb_hop.connections in the last export that the console exporter printed."""
+    export, _ = json.JSONDecoder().raw_decode(output[output.index("\n{") + 1 :])
+    metrics = export["resource_metrics"][0]["scope_metrics"][0]["metrics"]
+    return sum(
+        int(point["value"])
+        for metric in metrics
+        if metric["name"] == "lb_hop.connections"
+        for point in metric["data"]["data_points"]
+    )
+
+
+def packet_costs() -> Iterator[Row]:
+    """Run the programs on single kinds of packets against an empty program, caches warm."""
+    loaded = loader.load()
+    tables = KernelTables(loaded)
+    tables.set_settings(Settings(loader.hash_seed(), 5 * 10**9, 0, 1, 10**9))
+    backend = Backend(pack_address("10.100.2.2"), 8080, "node2", "zone-b")
+    vip_port = VipPort(pack_address(VIP), PORT, Transport.TCP, "default", "web", Policy.CLUSTER, (backend,))
+    tables.apply(Topology("node1").update(Cluster((vip_port,)), 1))
+    ingress, egress = loaded.programs["lbh_ingress"], loaded.programs["lbh_egress"]
+    data = _segment(PORT, 7, 0x18)
+    base = _fastest(empty_program(), data)
+    yield Row("empty program", base, "ns", "", good=True)
+    for name, fd, packet, aim in (
+        ("data segment in", ingress, data, 15),
+        ("data segment out", egress, data, 15),
+        ("SYN to a port that is no VIP port, in", ingress, _segment(PORT + 1, 0, 0x02), None),
+        ("SYN to a VIP port, in (known)", ingress, _segment(PORT, 0, 0x02), None),
+    ):
+        extra = _fastest(fd, packet) - base
+        yield Row(f"{name}, over the empty one", extra, "ns", f"<= {aim}" if aim else "", not aim or extra <= aim)
+    yield Row("compile and load", loaded.compile_seconds, "s", "", good=True)
+
+
+def _fastest(fd: int, packet: bytes) -> float:
+    return float(min(bpf.run_program(fd, packet, repeat=200_000)[2] for _ in range(5)))
+
+
+def _segment(port: int, ack: int, flags: int) -> bytes:
+    addresses = socket.inet_aton("192.168.0.2") + socket.inet_aton(VIP)
+    ip = struct.pack("!BBHHHBBH", 0x45, 0, 40, 0, 0, 64, 6, 0) + addresses
+    return bytes(12) + b"\x08\x00" + ip + struct.pack("!HHIIBBHHH", 40000, port, 7, ack, 0x50, flags, 1, 0, 0)
+
+
+def main() -> None:
+    """Run all rows and print them."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=6, help="pairs of runs with and without agents")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    arguments = parser.parse_args()
+    rows = []
+    console = Console(stderr=True)
+    with tempfile.TemporaryDirectory() as folder, traffic_path(Path(folder)) as path:
+        for measurement in (
+            packet_costs(),
+            one_agent(path),
+            program_time(path),
+            connection_rate(path, arguments.rounds),
+        ):
+            for row in measurement:
+                console.print(f"[dim]{row.what}: {row.figure:.4g} {row.unit}")
+                rows.append(row)
+    if arguments.json:
+        print(json.dumps([row._asdict() for row in rows], indent=2))
+        return
+    table = Table("what", "figure", "unit", "aim", "", title="otel-lb-hop bench")
+    for row in rows:
+        verdict = "" if not row.aim else "ok" if row.good else "MISSED"
+        table.add_row(row.what, f"{row.figure:.3g}", row.unit, row.aim, verdict)
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()
