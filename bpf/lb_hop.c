@@ -258,15 +258,46 @@ static __always_inline void count_evicted(const struct lbh_handshake *slot, u32 
 		if (stats)
 			stats->evicted++;
 	}
-	count_event(LBH_RECORD_EVICTED);
+	count_event(LBH_RECORD_NO_VERDICT);
 }
 
-/* How gladly a slot is given up: free, settled, unanswered, still open; within each the oldest first. */
-static __always_inline u32 victim_score(u64 tag, u64 now)
+/*
+ * The next three are arithmetic without a branch on purpose: a branch for each way would leave the verifier with a
+ * state for each, and it would walk through everything that follows eight times.
+ */
+static __always_inline u64 is_zero(u64 value)
 {
-	u32 rank = 0x210003u >> tag_state(tag) * 4 & 3;
+	return (value - 1 & ~value) >> 63;
+}
 
-	return rank << 29 | tag_age(tag, now);
+/* A bit for each way that holds this ISN, in whatever state. */
+static __always_inline u32 ways_with(const struct lbh_tags *tags, u32 isn)
+{
+	u32 i, ways = 0;
+
+#pragma unroll
+	for (i = 0; i < LBH_WAYS; i++)
+		ways |= (u32)is_zero(tags->ways[i] >> 32 ^ isn) << i;
+	return ways;
+}
+
+/* The number of the lowest bit: 2^0 to 2^7 have different remainders by 11. */
+static __always_inline u32 lowest_way(u32 ways)
+{
+	return 0x56370420100ull >> (ways & -ways) % 11 * 4 & (LBH_WAYS - 1);
+}
+
+/*
+ * How gladly a slot is given up: free, settled, unanswered, still open; within each the oldest first; being filled,
+ * never. The way is in the low bits.
+ */
+static __always_inline u64 victim_score(u64 tag, u32 way, u64 now)
+{
+	u32 state = tag_state(tag);
+	u64 rank = 0x210003u >> state * 4 & 3;
+	u64 usable = is_zero(state ^ LBH_BUSY) - 1;
+
+	return ((rank << 29 | tag_age(tag, now)) << 3 & usable) | way;
 }
 
 /*
@@ -275,20 +306,16 @@ static __always_inline u32 victim_score(u64 tag, u64 now)
  */
 static __always_inline struct lbh_handshake *take_slot(struct lbh_match *match, u64 now)
 {
-	u32 best = 0, way = 0, i, state;
-	u64 tag;
+	u64 best = 0, tag;
+	u32 i, way, state;
 
 #pragma unroll
 	for (i = 0; i < LBH_WAYS; i++) {
-		u64 candidate = match->tags->ways[i];
-		u32 score = victim_score(candidate, now);
+		s64 over = victim_score(match->tags->ways[i], i, now) - best;
 
-		if (tag_state(candidate) != LBH_BUSY && score >= best) {
-			best = score;
-			way = i;
-		}
+		best += over & ~(over >> 63);
 	}
-	way &= LBH_WAYS - 1;
+	way = best & (LBH_WAYS - 1);
 	match->tag = &match->tags->ways[way];
 	tag = *match->tag;
 	state = tag_state(tag);
@@ -308,55 +335,62 @@ static __always_inline struct lbh_handshake *take_slot(struct lbh_match *match, 
 static __always_inline bool find_handshake(struct lbh_match *match, u32 isn, const struct lbh_address *client,
 					   u16 client_port, const struct lbh_address *vip, u16 vip_port, u64 now)
 {
-	u32 i;
+	u32 n, ways = ways_with(match->tags, isn);
 
 #pragma clang loop unroll(disable)
-	for (i = 0; i < LBH_WAYS; i++) {
-		u64 tag = match->tags->ways[i];
-		struct lbh_handshake *slot;
+	for (n = 0; n < LBH_WAYS && ways; n++, ways &= ways - 1) {
+		u32 way = lowest_way(ways);
+		u64 tag = match->tags->ways[way];
+		struct lbh_handshake *slot = slot_of(match->bucket, way);
 
-		if (tag >> 32 != isn || tag_state(tag) < LBH_SEEN || tag_age(tag, now) > LBH_FORGET_TICKS)
+		if (!slot || tag_state(tag) < LBH_SEEN || tag_age(tag, now) > LBH_FORGET_TICKS)
 			continue;
-		slot = slot_of(match->bucket, i);
-		if (!slot || slot->client_port != client_port || slot->vip_port != vip_port ||
+		if (slot->client_port != client_port || slot->vip_port != vip_port ||
 		    !same_address(&slot->client, client) || !same_address(&slot->vip, vip))
 			continue;
 		match->slot = slot;
-		match->tag = &match->tags->ways[i];
+		match->tag = &match->tags->ways[way];
 		match->seen_tag = tag;
 		return true;
 	}
 	return false;
 }
 
-/* The youngest entry that waits for its translation under this ISN; late: one whose verdict was already given. */
-static __always_inline bool find_untranslated(struct lbh_match *match, u32 isn, bool *late)
+/*
+ * The youngest entry that waits for its translation under this packet's ISN. A packet that still goes to the entry's
+ * VIP was bridged or routed on as it came: not its translation.
+ */
+static __always_inline bool find_untranslated(struct lbh_match *match, const struct lbh_packet *packet)
 {
-	u32 i, found = 0;
+	u32 isn = packet->sequence;
+	u32 n, best = 0, ways = ways_with(match->tags, isn);
+	u64 youngest_ns = 0;
 
 #pragma clang loop unroll(disable)
-	for (i = 0; i < LBH_WAYS; i++) {
-		u64 tag = match->tags->ways[i];
-		struct lbh_handshake *slot;
+	for (n = 0; n < LBH_WAYS && ways; n++, ways &= ways - 1) {
+		u32 way = lowest_way(ways), state = tag_state(match->tags->ways[way]);
+		struct lbh_handshake *slot = slot_of(match->bucket, way);
 
-		if (tag >> 32 != isn || (tag_state(tag) != LBH_SEEN && tag_state(tag) != LBH_UNANSWERED))
+		if (!slot ||
+		    (slot->vip_port == packet->destination_port && same_address(&slot->vip, &packet->destination)))
 			continue;
-		slot = slot_of(match->bucket, i);
-		if (!slot)
+		if (state == LBH_UNANSWERED && !slot->forward_ns)
+			count_event(LBH_LATE);
+		if (state != LBH_SEEN)
 			continue;
-		if (tag_state(tag) == LBH_UNANSWERED) {
-			*late |= !slot->forward_ns;
-			continue;
+		if (youngest_ns)
+			count_event(LBH_ISN_SHARED);
+		if (slot->syn_ns >= youngest_ns) {
+			youngest_ns = slot->syn_ns;
+			best = way;
 		}
-		if (found++ && match->slot && slot->syn_ns < match->slot->syn_ns)
-			continue;
-		match->slot = slot;
-		match->tag = &match->tags->ways[i];
-		match->seen_tag = tag;
 	}
-	if (found > 1)
-		count_event(LBH_ISN_SHARED);
-	return found;
+	if (!youngest_ns)
+		return false;
+	match->tag = &match->tags->ways[best & (LBH_WAYS - 1)];
+	match->seen_tag = *match->tag;
+	match->slot = slot_of(match->bucket, best & (LBH_WAYS - 1));
+	return match->slot && match->seen_tag >> 32 == isn && tag_state(match->seen_tag) == LBH_SEEN;
 }
 
 /* A SYN came in to a VIP port: a new connection, the same packet one device further, or a retransmission. */
@@ -399,7 +433,7 @@ static __always_inline void syn_in(struct __sk_buff *skb, const struct lbh_setti
 		/* Nobody will tell what becomes of it: its verdict is now, so that the counts still add up. */
 		stats->unforwarded[origin][LBH_DROPPED]++;
 		count_event(LBH_NO_SLOT);
-		count_event(LBH_RECORD_EVICTED);
+		count_event(LBH_RECORD_NO_VERDICT);
 		return;
 	}
 	slot->syn_ns = slot->last_syn_ns = now;
@@ -425,22 +459,14 @@ static __always_inline void syn_out(struct __sk_buff *skb, const struct lbh_sett
 	struct lbh_match match = {};
 	struct lbh_handshake *slot;
 	struct lbh_hop_stats *stats;
-	bool late = false;
 	u32 *known, origin;
 	u64 now;
 
 	if (!find_bucket(&match, config, packet->sequence))
 		return;
-	if (!find_untranslated(&match, packet->sequence, &late)) {
-		if (late)
-			count_event(LBH_LATE);
+	if (!find_untranslated(&match, packet))
 		return;
-	}
 	slot = match.slot;
-	if (!slot)
-		return;
-	if (slot->vip_port == packet->destination_port && same_address(&slot->vip, &packet->destination))
-		return; /* not translated: bridged or routed on as it came */
 	if (!swap_tag(match.tag, match.seen_tag, with_state(match.seen_tag, LBH_FORWARDED)))
 		return;
 	now = bpf_ktime_get_ns();
@@ -523,8 +549,15 @@ static __always_inline void close_overdue(const struct lbh_settings *config, con
 	} else {
 		bool again = slot->retransmits;
 
-		verdict = again ? LBH_VERDICT_TIMEOUT : LBH_VERDICT_REPLY_UNSEEN;
 		stats = hop_stats_of(slot->hop_id);
+		if (!again && now - slot->syn_ns < LBH_FIRST_RETRANSMIT_NS) {
+			/* Only when the agent ends: too early to say whether the client would have asked again. */
+			if (stats)
+				stats->evicted++;
+			count_event(LBH_RECORD_NO_VERDICT);
+			return;
+		}
+		verdict = again ? LBH_VERDICT_TIMEOUT : LBH_VERDICT_REPLY_UNSEEN;
 		if (stats && again)
 			stats->timeout++;
 		else if (stats)

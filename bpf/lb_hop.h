@@ -106,7 +106,7 @@ struct lbh_hop_stats {
 	u64 refused;
 	u64 timeout;	  /* no SYN-ACK, and the client sent its SYN again */
 	u64 reply_unseen; /* no SYN-ACK here, but no second SYN either: the answer took another way */
-	u64 evicted;	  /* pushed out of the handshake table before its verdict */
+	u64 evicted;	  /* out of the handshake table before its verdict: room was needed, or the agent ended */
 	struct lbh_histogram forward;
 	struct lbh_histogram handshake;
 };
@@ -200,20 +200,22 @@ struct lbh_settings {
 /* events, per CPU: what happened to records, and everything that could not be told. */
 enum lbh_event {
 	LBH_RECORD_SENT,
-	LBH_RECORD_RATIO,     /* not sampled */
-	LBH_RECORD_RATE,      /* over the rate */
-	LBH_RECORD_RING_FULL, /* the agent did not keep up */
-	LBH_RECORD_EVICTED,   /* the handshake table had to make room before the verdict */
-	LBH_TRUNCATED,	      /* TCP by its IP header, but no whole TCP header */
-	LBH_FRAGMENT,	      /* a later fragment of TCP: no TCP header in it */
-	LBH_EXTENSION,	      /* more or longer IPv6 extension headers than are followed */
-	LBH_ISN_SHARED,	      /* two untranslated connections with one ISN: the younger was taken */
-	LBH_NO_SLOT,	      /* all slots of a bucket were being filled: a connection counted, but not followed */
-	LBH_LATE,	      /* translated or answered after the verdict */
-	LBH_NO_ROW,	      /* counters of a known id are missing: a defect */
+	LBH_RECORD_RATIO,      /* not sampled */
+	LBH_RECORD_RATE,       /* over the rate */
+	LBH_RECORD_RING_FULL,  /* the agent did not keep up */
+	LBH_RECORD_NO_VERDICT, /* the handshake table had to make room, or the agent ended, before the verdict */
+	LBH_TRUNCATED,	       /* TCP by its IP header, but no whole TCP header */
+	LBH_FRAGMENT,	       /* a later fragment of TCP: no TCP header in it */
+	LBH_EXTENSION,	       /* more or longer IPv6 extension headers than are followed */
+	LBH_ISN_SHARED,	       /* two untranslated connections with one ISN: the younger was taken */
+	LBH_NO_SLOT,	       /* all slots of a bucket were being filled: a connection counted, but not followed */
+	LBH_LATE,	       /* translated or answered after the verdict */
+	LBH_NO_ROW,	       /* counters of a known id are missing: a defect */
 	LBH_EVENTS,
 };
 
+/* A client sends its SYN again after one second (RFC 6298, 2.1), a little more with a coarse clock. */
+#define LBH_FIRST_RETRANSMIT_NS 1200000000ull
 /* A SYN on another interface within this time is the same packet one device further up or down. */
 #define LBH_SAME_PACKET_NS 200000000ull
 /* Linux gives up connect() after 127 s (tcp_syn_retries 6): an older entry belongs to a connection of the past. */

@@ -114,14 +114,18 @@ static __always_inline int lbh_parse_ipv6(struct __sk_buff *skb, u32 offset, str
 	next = ip->nexthdr;
 	offset += sizeof(*ip);
 #pragma unroll
-	for (i = 0; i < LBH_EXTENSION_HEADERS; i++) {
+	for (i = 0; i <= LBH_EXTENSION_HEADERS; i++) {
 		struct lbh_extension copy, *extension;
 
+		if (next != IPPROTO_TCP && next != IPPROTO_HOPOPTS && next != IPPROTO_ROUTING &&
+		    next != IPPROTO_DSTOPTS && next != IPPROTO_FRAGMENT && next != IPPROTO_AH)
+			return LBH_OTHER;
+		if (offset > LBH_MAX_OFFSET)
+			return LBH_PARSE_EXTENSION;
 		if (next == IPPROTO_TCP)
 			return lbh_parse_tcp(skb, offset, packet);
-		if (next != IPPROTO_HOPOPTS && next != IPPROTO_ROUTING && next != IPPROTO_DSTOPTS &&
-		    next != IPPROTO_FRAGMENT && next != IPPROTO_AH)
-			return LBH_OTHER;
+		if (i == LBH_EXTENSION_HEADERS)
+			return LBH_PARSE_EXTENSION;
 		extension = lbh_header(skb, offset, &copy, sizeof(copy));
 		if (!extension)
 			return LBH_PARSE_TRUNCATED;
@@ -135,10 +139,8 @@ static __always_inline int lbh_parse_ipv6(struct __sk_buff *skb, u32 offset, str
 			offset += (extension->length + 1) * 8;
 		}
 		next = extension->next;
-		if (offset > LBH_MAX_OFFSET)
-			return LBH_PARSE_EXTENSION;
 	}
-	return next == IPPROTO_TCP ? lbh_parse_tcp(skb, offset, packet) : LBH_PARSE_EXTENSION;
+	return LBH_PARSE_EXTENSION;
 }
 
 /*

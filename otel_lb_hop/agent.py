@@ -77,6 +77,7 @@ class Agent:
         self._topology = Topology(config.node_name)
         self._source = FileSource(config.vips_file) if config.vips_file else None
         self._unknown_vips = 0
+        self._hash_seed = loader.hash_seed()
         self._due: dict[str, float] = {}
 
     def start(self) -> None:
@@ -90,7 +91,7 @@ class Agent:
         self._api = LocalApi(config.listen, self._health) if config.listen else None
         self._loaded = loader.load()
         self._tables = KernelTables(self._loaded)
-        self._tables.set_settings(self._settings())
+        self._tables.set_settings(self._settings(VERDICT_AFTER_NS))
         self._ring = Ring(self._loaded.records_fd, self._loaded.sizes.ring_pages)
         self._netlink = Netlink()
         self._monitor = Monitor()
@@ -105,11 +106,11 @@ class Agent:
             ", ".join(self._hooks.interfaces), self._hooks.method, self._topology.watched, self._loaded.compile_seconds,
         )  # fmt: skip
 
-    def _settings(self) -> Settings:
+    def _settings(self, verdict_after_ns: int) -> Settings:
         rate = self._config.record_rate
         return Settings(
-            hash_seed=loader.hash_seed(),
-            verdict_after_ns=VERDICT_AFTER_NS,
+            hash_seed=self._hash_seed,
+            verdict_after_ns=verdict_after_ns,
             reject_below=self._threshold,
             record_interval_ns=10**9 // rate if rate else 0,
             record_burst_ns=10**9,
@@ -179,8 +180,8 @@ class Agent:
             self._traces.offer(self._record_builder.span(each) for each in connections)
         return taken == DRAIN_RECORDS
 
-    def _sweep(self) -> None:
-        run_program(self._loaded.programs["lbh_sweep"], repeat=-(-self._loaded.sizes.table_buckets // SWEEP_TICKS))
+    def _sweep(self, ticks: int = SWEEP_TICKS) -> None:
+        run_program(self._loaded.programs["lbh_sweep"], repeat=-(-self._loaded.sizes.table_buckets // ticks))
 
     # packets ─ counters ─ snapshot ─ metrics
 
@@ -288,6 +289,9 @@ class Agent:
     def _shut_down(self) -> None:
         deadline = time.monotonic() + SHUTDOWN_SECONDS
         self._hooks.close()
+        # Nobody will see an answer any more: what is open gets its verdict now, or it would vanish uncounted.
+        self._tables.set_settings(self._settings(0))
+        self._sweep(ticks=1)
         while self._drain() and time.monotonic() < deadline:
             pass
         self._export_metrics()

@@ -75,7 +75,7 @@ class Event(IntEnum):
     RECORD_RATIO = 1
     RECORD_RATE = 2
     RECORD_RING_FULL = 3
-    RECORD_EVICTED = 4
+    RECORD_NO_VERDICT = 4
     TRUNCATED = 5
     FRAGMENT = 6
     EXTENSION = 7

@@ -45,7 +45,7 @@ RECORD_DROPS = {
     Event.RECORD_RATIO: "ratio",
     Event.RECORD_RATE: "rate",
     Event.RECORD_RING_FULL: "ring_full",
-    Event.RECORD_EVICTED: "handshake_evicted",
+    Event.RECORD_NO_VERDICT: "no_verdict",
 }
 EVENT_DROPS = {event: event.name.lower() for event in Event if event >= Event.TRUNCATED}
 

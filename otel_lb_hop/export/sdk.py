@@ -6,6 +6,8 @@ protocol that was configured. Endpoint, headers, TLS, compression and time-outs 
 
 from __future__ import annotations
 
+import sys
+import threading
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,27 @@ if TYPE_CHECKING:
     from otel_lb_hop.config import SignalConfig
 
 _OTLP_ENTRY_POINT = {"grpc": "otlp_proto_grpc", "http/protobuf": "otlp_proto_http"}
+
+
+class _Stdout:
+    """Standard output for the threads of all signals, one at a time.
+
+    What two threads write at once comes out garbled before Python 3.11.10 and 3.12.4 (python/cpython#119506).
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def write(self, text: str) -> int:
+        with self._lock:
+            return sys.stdout.write(text)
+
+    def flush(self) -> None:
+        with self._lock:
+            sys.stdout.flush()
+
+
+_STDOUT = _Stdout()
 
 
 def make_exporters(signal: str, config: SignalConfig) -> list[Any]:
@@ -33,7 +56,8 @@ def make_exporters(signal: str, config: SignalConfig) -> list[Any]:
         if wanted not in available:
             raise ConfigError([Problem(variable, name, f"otlp, none, or one of {', '.join(sorted(available))}")])
         try:
-            exporters.append(available[wanted].load()())
+            factory = available[wanted].load()
+            exporters.append(factory(out=_STDOUT) if name == "console" else factory())
         except Exception as error:
             # Whatever a plugin's constructor raises is about its settings, and the operator has to read it.
             problem = Problem(variable, name, f"an exporter that starts with its OTEL_EXPORTER_* settings: {error}")

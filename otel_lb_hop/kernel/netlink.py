@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import socket
 import threading
 from typing import Any
 
@@ -20,6 +20,7 @@ EEXIST = 17
 INGRESS_PARENT = "ffff:fff2"
 EGRESS_PARENT = "ffff:fff3"
 _UNICAST = 1
+_ENOUGH_OF_A_NOTICE = 64
 
 
 class Netlink:
@@ -109,12 +110,15 @@ def _link(message: Any) -> Link:  # noqa: ANN401 - a pyroute2 message
 
 
 class Monitor:
-    """Tells that a link or a route changed: `changed` is set by a thread that sleeps on a netlink socket."""
+    """Tells that a link or a route changed: `changed` is set by a thread that sleeps on a netlink socket.
+
+    A plain socket, because one of pyroute2 hears nothing in another thread than the one that bound it.
+    """
 
     def __init__(self) -> None:
         self.changed = threading.Event()
-        self._socket = IPRoute()
-        self._socket.bind(RTMGRP_LINK | RTMGRP_IPV4_ROUTE | RTMGRP_IPV6_ROUTE)
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+        self._socket.bind((0, RTMGRP_LINK | RTMGRP_IPV4_ROUTE | RTMGRP_IPV6_ROUTE))
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="netlink", daemon=True)
         self._thread.start()
@@ -122,17 +126,15 @@ class Monitor:
     def _run(self) -> None:
         while not self._closed.is_set():
             try:
-                for _ in self._socket.get():
-                    self.changed.set()
+                self._socket.recv(_ENOUGH_OF_A_NOTICE)
             except OSError as error:
                 if self._closed.is_set():
                     return
                 # Lost notices (ENOBUFS) are made good by reading everything anew.
                 log.debug("netlink monitor: %s", error)
-                self.changed.set()
+            self.changed.set()
 
     def close(self) -> None:
         """Stop watching."""
         self._closed.set()
-        with contextlib.suppress(OSError):
-            self._socket.close()
+        self._socket.close()
