@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from otel_lb_hop.cluster.file_source import FileSource
 from otel_lb_hop.core import hops, ids
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     import threading
 
     from otel_lb_hop.config import Config
+    from otel_lb_hop.errors import Problem
     from otel_lb_hop.model import Cluster
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ SOURCE_SECONDS = 1.0
 INTERFACES_SECONDS = 30.0
 DRAIN_RECORDS = 2_048
 """At most so many at a time, so that nothing else waits long in a burst."""
-SHUTDOWN_SECONDS = 4.5
+SHUTDOWN_SECONDS = 4.0
 VERDICT_AFTER_NS = 5 * 10**9
 """A client that gets no answer sends its SYN again after 1 s and 3 s (RFC 6298, 2.1 and 5.5): it had two chances."""
 
@@ -76,18 +77,14 @@ class Agent:
         self._health = Health()
         self._topology = Topology(config.node_name)
         self._source = FileSource(config.vips_file) if config.vips_file else None
-        self._unknown_vips = 0
+        self._unresolved = 0
         self._hash_seed = loader.hash_seed()
         self._due: dict[str, float] = {}
 
     def start(self) -> None:
         """Read the topology, load the programs, attach them. Raises ConfigError or KernelError."""
         config = self._config
-        cluster = self._source.poll() if self._source else None
-        exporters = {
-            signal: [] if config.sdk_disabled else make_exporters(signal, getattr(config, signal))
-            for signal in ("metrics", "logs", "traces")
-        }
+        cluster, exporters = self._read_sources_and_targets()
         self._api = LocalApi(config.listen, self._health) if config.listen else None
         self._loaded = loader.load()
         self._tables = KernelTables(self._loaded)
@@ -106,6 +103,24 @@ class Agent:
             ", ".join(self._hooks.interfaces), self._hooks.method, self._topology.watched, self._loaded.compile_seconds,
         )  # fmt: skip
 
+    def _read_sources_and_targets(self) -> tuple[Cluster | None, dict[str, list[Any]]]:
+        """Read the VIP file and make the exporters; what is wrong with any of them is told together."""
+        cluster: Cluster | None = None
+        exporters: dict[str, list[Any]] = {"metrics": [], "logs": [], "traces": []}
+        problems: list[Problem] = []
+        try:
+            cluster = self._source.poll() if self._source else None
+        except ConfigError as error:
+            problems += error.problems
+        for signal in () if self._config.sdk_disabled else exporters:
+            try:
+                exporters[signal] = make_exporters(signal, getattr(self._config, signal))
+            except ConfigError as error:
+                problems += error.problems
+        if problems:
+            raise ConfigError(problems)
+        return cluster, exporters
+
     def _settings(self, verdict_after_ns: int) -> Settings:
         rate = self._config.record_rate
         return Settings(
@@ -120,7 +135,7 @@ class Agent:
     def _threshold(self) -> int:
         return ids.rejection_threshold(self._config.record_ratio)
 
-    def _make_exports(self, exporters: dict[str, list[object]], cluster: Cluster | None) -> None:
+    def _make_exports(self, exporters: dict[str, list[Any]], cluster: Cluster | None) -> None:
         config = self._config
         own = next((node for node in (cluster.nodes if cluster else ()) if node.name == config.node_name), None)
         resource = make_resource(
@@ -171,13 +186,13 @@ class Agent:
         for taken, record in enumerate(self._ring.drain(DRAIN_RECORDS), start=1):  # noqa: B007 - the last one counts
             connection = hops.resolve(record, self._topology, clocks.offset_ns, self._hooks.name_of)
             if connection is None:
-                self._unknown_vips += 1
+                self._unresolved += 1
             else:
                 connections.append(connection)
         if self._logs.enabled:
-            self._logs.offer(self._record_builder.log_record(each, clocks.wall_ns) for each in connections)
+            self._logs.offer([self._record_builder.log_record(each, clocks.wall_ns) for each in connections])
         if self._traces.enabled:
-            self._traces.offer(self._record_builder.span(each) for each in connections)
+            self._traces.offer([self._record_builder.span(each) for each in connections])
         return taken == DRAIN_RECORDS
 
     def _sweep(self, ticks: int = SWEEP_TICKS) -> None:
@@ -199,10 +214,11 @@ class Agent:
         hop_rows = dict(self._topology.hops.by_id)
         for hop_id, last in self._tables.keep_rows(self._topology.rows(now_ns)).items():
             row = hop_rows[hop_id]
-            self._metrics_builder.carry_over(row.vip_id, row.hop, last)
+            if self._metrics.enabled:
+                self._metrics_builder.carry_over(row.vip_id, row.hop, last)
 
     def _self_report(self, events: tuple[int, ...]) -> SelfReport:
-        drops = {("", "unknown_vip"): self._unknown_vips, ("", "wrong_size"): self._ring.wrong_size}
+        drops = {("", "unresolved"): self._unresolved, ("", "wrong_size"): self._ring.wrong_size}
         for shipper in (self._logs, self._traces):
             for reason, count in shipper.ledger().dropped.items():
                 drops[shipper.signal, reason] = count
@@ -256,7 +272,7 @@ class Agent:
         config = self._config
         links = self._netlink.links()
         if config.uplinks is None:
-            uplinks = find_uplinks(links, self._netlink.gateway_links())
+            uplinks = find_uplinks(links, *self._netlink.gateway_links())
         else:
             uplinks = frozenset(link.index for link in links if config.uplinks.matches(link.name))
         self._tables.set_uplinks(uplinks)

@@ -55,9 +55,7 @@ def run(environ: Mapping[str, str]) -> None:
     set_up_logging(config.log_level)
     for name in config.unknown:
         near = closest_setting(name)
-        # Whole texts, for each is a cause of its own to ops.logs.
-        text = f"{name} is no setting" + (f"; is {near} meant?" if near else "")
-        log.warning(text)
+        log.warning("%s is no setting%s", name, f"; is {near} meant?" if near else "")
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from typing import TYPE_CHECKING
 
-from otel_lb_hop.cluster.static_file import decode, parse
+from otel_lb_hop.cluster.static_file import MAX_BYTES, decode, parse
 from otel_lb_hop.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -33,15 +35,21 @@ class FileSource:
         one that cannot be read is tried at each call.
         """
         try:
-            with self._path.open("rb") as file:
-                status = os.fstat(file.fileno())
-                stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-                if stamp == self._stamp:
-                    return None
-                raw = file.read()
+            raw = self._read_if_changed()
         except OSError as error:
             self._stamp = None
             problem = Problem(str(self._path), error.strerror or str(error), "a readable VIP file")
             raise ConfigError([problem]) from error
-        self._stamp = stamp
-        return parse(decode(raw, str(self._path)), str(self._path))
+        return None if raw is None else parse(decode(raw, str(self._path)), str(self._path))
+
+    def _read_if_changed(self) -> bytes | None:
+        # Without O_NONBLOCK, opening a FIFO would wait for a writer.
+        with os.fdopen(os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file")
+            stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+            if stamp == self._stamp:
+                return None
+            self._stamp = stamp
+            return file.read(MAX_BYTES + 1)

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from otel_lb_hop.core.topology import HopRow, Topology, VipRow
     from otel_lb_hop.model import Backend
 
-ORIGIN_OF = {OriginCode.INTERNAL: Origin.INTERNAL, OriginCode.EXTERNAL: Origin.EXTERNAL}
+ORIGIN_OF: dict[int, Origin] = {OriginCode.INTERNAL: Origin.INTERNAL, OriginCode.EXTERNAL: Origin.EXTERNAL}
+_VERDICTS = frozenset(Verdict)
 _UNKNOWN_HOP = (Hop.UNKNOWN, None, None)
 
 
@@ -62,12 +63,12 @@ class Connection(NamedTuple):
 def resolve(
     record: Record, topology: Topology, offset_ns: int, interface_name: Callable[[int], str | None]
 ) -> Connection | None:
-    """Name everything in a record; None if its VIP port is no longer known (the caller counts it).
+    """Name everything in a record; None if its VIP port, verdict or origin is not known (the caller counts it).
 
     `offset_ns` is wall time minus monotonic time.
     """
     vip = topology.vips.by_id.get(record.vip_id)
-    if vip is None:
+    if vip is None or record.verdict not in _VERDICTS or record.origin not in ORIGIN_OF:
         return None
     verdict = Verdict(record.verdict)
     forwarded = verdict < Verdict.DROPPED
@@ -91,9 +92,9 @@ def resolve(
         outcome=Outcome.FORWARDED if forwarded else OUTCOME_OF[Unforwarded(verdict - Verdict.DROPPED)],
         hop=hop,
         node=node,
-        zone=endpoint.zone if endpoint else None,
+        zone=topology.zone_of(endpoint) if endpoint else None,
         zone_crossed=zone_crossed,
-        origin=ORIGIN_OF[OriginCode(record.origin)],
+        origin=ORIGIN_OF[record.origin],
         failure=FAILURE_OF.get(verdict),
         answered=verdict is Verdict.ANSWERED,
         interface_in=interface_name(record.in_ifindex),

@@ -21,8 +21,15 @@ class Link:
     master: int | None = None
 
 
-def find_uplinks(links: Sequence[Link], gateway_links: Iterable[int]) -> frozenset[int]:
+OVERLAY_KINDS = frozenset({"vxlan", "geneve", "ipip", "ip6tnl", "sit", "gre", "gretap"})
+
+
+def find_uplinks(
+    links: Sequence[Link], gateway_links: Iterable[int], default_links: Iterable[int] = ()
+) -> frozenset[int]:
     """Name the interfaces through which routes lead over a gateway, and all that they stand on.
+
+    An overlay has gateways too, but leads to other nodes' pods: it counts only if a default route goes through it.
 
     A pod's interface has a route of its own, but none over a gateway. Below an uplink everything is an uplink, so
     that a packet is external whichever device of a stack sees it first: the parent of a VLAN, the ports of a bond;
@@ -30,7 +37,8 @@ def find_uplinks(links: Sequence[Link], gateway_links: Iterable[int]) -> frozens
     """
     by_index = {link.index: link for link in links}
     found: set[int] = set()
-    todo = [index for index in gateway_links if index in by_index]
+    todo = [index for index in gateway_links if index in by_index and by_index[index].kind not in OVERLAY_KINDS]
+    todo += [index for index in default_links if index in by_index]
     while todo:
         index = todo.pop()
         if index in found:

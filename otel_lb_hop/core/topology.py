@@ -216,11 +216,12 @@ class Topology:
     def _is_local(self, backend: Backend) -> bool:
         return backend.node == self.node_name
 
-    def _zone_of(self, backend: Backend) -> str | None:
+    def zone_of(self, backend: Backend) -> str | None:
+        """Tell the zone of an endpoint: its own, else its node's."""
         return backend.zone or (self._zones.get(backend.node) if backend.node else None)
 
     def _zone_crossed(self, backend: Backend) -> bool | None:
-        zone = self._zone_of(backend)
+        zone = self.zone_of(backend)
         return None if zone is None or self.zone is None else zone != self.zone
 
     def _zone_by_backends(self, cluster: Cluster) -> str | None:

@@ -13,7 +13,7 @@ from collections import Counter, deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
 log = logging.getLogger(__name__)
 
@@ -61,12 +61,11 @@ class Shipper:
         """Whether anything is listening; without exporters nothing should be offered."""
         return bool(self._exporters)
 
-    def offer(self, records: Iterable[Any]) -> None:
+    def offer(self, records: Sequence[Any]) -> None:
         """Queue records; if the queue is full its oldest give way, and are counted."""
         with self._changed:
-            for record in records:
-                self._queue.append(record)
-                self._offered += 1
+            self._queue.extend(records)
+            self._offered += len(records)
             excess = len(self._queue) - self._limit
             for _ in range(excess):
                 self._queue.popleft()
@@ -96,9 +95,12 @@ class Shipper:
             self._dropped["shutdown"] += len(self._queue) + self._sending
             self._queue.clear()
             self._sending = 0
-        for exporter in self._exporters:
-            # An exporter that hangs may block its own shutdown: it ends with the process.
-            threading.Thread(target=exporter.shutdown, daemon=True).start()
+        # An exporter that hangs may block its own shutdown: in a daemon thread it ends with the process.
+        enders = [threading.Thread(target=exporter.shutdown, daemon=True) for exporter in self._exporters]
+        for ender in enders:
+            ender.start()
+        for ender in enders:
+            ender.join(max(0.0, deadline - time.monotonic()))
 
     def _run(self) -> None:
         while batch := self._next_batch():

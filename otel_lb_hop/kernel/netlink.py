@@ -37,18 +37,20 @@ class Netlink:
         """List all interfaces but the loopback ones."""
         return [_link(message) for message in self._socket.get_links() if not message["flags"] & 0x8]
 
-    def gateway_links(self) -> set[int]:
-        """Name the interfaces that a route over a gateway leaves by, in any table and family."""
+    def gateway_links(self) -> tuple[set[int], set[int]]:
+        """Name the interfaces that routes over a gateway leave by, in any table: of all routes, and of default ones."""
         found: set[int] = set()
+        default: set[int] = set()
         for route in self._socket.get_routes():
             if route["type"] != _UNICAST:
                 continue
+            ways = {next_hop["oif"] for next_hop in route.get("multipath") or () if _has_gateway(next_hop)}
             if _has_gateway(route):
-                found.add(route.get("oif") or 0)
-            for next_hop in route.get("multipath") or ():
-                if _has_gateway(next_hop):
-                    found.add(next_hop["oif"])
-        return found
+                ways.add(route.get("oif") or 0)
+            found |= ways
+            if not route["dst_len"]:
+                default |= ways
+        return found, default
 
     def add_filter(self, ifindex: int, parent: str, fd: int, name: str) -> None:
         """Attach a tc program in direct-action mode on the clsact qdisc, which is added if need be.

@@ -6,10 +6,11 @@ import logging
 import time
 
 QUIET_SECONDS = 10.0
+REMEMBERED_CAUSES = 1_000
 
 
 class OncePerCause(logging.Filter):
-    """Lets the same message (by its text before the arguments go in) through once in `QUIET_SECONDS`."""
+    """Lets the same line through once in `QUIET_SECONDS`; for libraries, the same text before the arguments go in."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -20,9 +21,13 @@ class OncePerCause(logging.Filter):
         if record.levelno <= logging.INFO:
             return True
         now = time.monotonic()
-        key = (record.name, str(record.msg))
+        # Our own lines are written once a change; those of libraries repeat with other numbers in them.
+        ours = record.name.startswith("otel_lb_hop")
+        key = (record.name, record.getMessage() if ours else str(record.msg))
         if now < self._next.get(key, 0.0):
             return False
+        if len(self._next) >= REMEMBERED_CAUSES:
+            self._next.clear()
         self._next[key] = now + QUIET_SECONDS
         return True
 

@@ -48,7 +48,7 @@ def test_defaults() -> None:
     assert not config.interfaces.matches("lo")
     assert config.uplinks is None
     assert config.vips_file == Path("/etc/vips.yaml")
-    assert (config.record_ratio, config.record_rate) == (1.0, 20000)
+    assert (config.record_ratio, config.record_rate) == (1.0, 1000)
     assert config.listen == ("127.0.0.1", 9465)
     assert config.log_level == "info"
     assert (config.metrics, config.logs, config.traces) == (signal, signal, signal)

@@ -5,13 +5,16 @@ import shutil
 import struct
 import subprocess
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from otel_lb_hop.core import layout
 from otel_lb_hop.errors import WireError
 from otel_lb_hop.kernel.loader import bpf_folder
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 COMPILER = shutil.which("cc")
 
@@ -60,7 +63,8 @@ NUMBERS = {
 
 
 @pytest.fixture(scope="module")
-def header(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+def header(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Read the header: numbers by name, and the list of bounds."""
     if COMPILER is None:
         pytest.skip("no C compiler (cc) on this machine")
     folder: Path = tmp_path_factory.mktemp("layout")
@@ -80,7 +84,7 @@ def header(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
         check=True,
     )
     answer = subprocess.run([str(folder / "probe")], check=True, capture_output=True, text=True).stdout
-    parsed: dict[str, int] = json.loads(answer)
+    parsed: dict[str, Any] = json.loads(answer)
     return parsed
 
 
@@ -98,7 +102,7 @@ def _offsets(form: struct.Struct, names: tuple[str, ...]) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_struct(header: dict[str, int], name: str) -> None:
+def test_struct(header: dict[str, Any], name: str) -> None:
     """Size and every offset of a struct are what the header says."""
     form, names = FIELDS[name]
     assert header[f"sizeof {name}"] == form.size
@@ -106,18 +110,18 @@ def test_struct(header: dict[str, int], name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_number(header: dict[str, int], name: str) -> None:
+def test_number(header: dict[str, Any], name: str) -> None:
     """Every constant and enumerator has the value of the header."""
     assert header[name] == NUMBERS[name]
 
 
-def test_bounds(header: dict[str, int]) -> None:
+def test_bounds(header: dict[str, Any]) -> None:
     """The histogram bounds are those of the header."""
     assert header["bounds"] == list(layout.BOUNDS_NS)
     assert list(layout.BOUNDS_NS) == sorted(set(layout.BOUNDS_NS))
 
 
-def test_counter_rows(header: dict[str, int]) -> None:
+def test_counter_rows(header: dict[str, Any]) -> None:
     """Rows of counters have the words that the header says, each where the reader expects it."""
     assert header["sizeof lbh_vip_stats"] == layout.VIP_STATS_WORDS * 8
     assert header["sizeof lbh_hop_stats"] == layout.HOP_STATS_WORDS * 8
@@ -135,7 +139,7 @@ def test_counter_rows(header: dict[str, int]) -> None:
     assert hop.forward.buckets[0] - hop.forward.sum_ns == header["lbh_histogram.buckets"] // 8
 
 
-def test_handshake_fits_cache_lines(header: dict[str, int]) -> None:
+def test_handshake_fits_cache_lines(header: dict[str, Any]) -> None:
     """A bucket's tags fill one cache line and a handshake two."""
     assert header["sizeof lbh_tags"] == 64
     assert header["sizeof lbh_handshake"] == 128

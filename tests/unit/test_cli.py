@@ -1,0 +1,184 @@
+"""The command line: exit codes and what is said on stderr. The agent itself is a stand-in."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from typing import TYPE_CHECKING
+
+import pytest
+
+from otel_lb_hop import __version__, cli
+from otel_lb_hop.errors import ConfigError, KernelError, Problem
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from otel_lb_hop.config import Config
+
+GOOD_FILE = "services:\n- {name: a/b, vips: [10.0.0.1], ports: [{port: 80}]}\n"
+
+
+class FakeAgent:
+    """Stands in for the agent: notes its settings, fails as told, and ends by the signal that it sends itself."""
+
+    error: Exception | None = None
+    signal = signal.SIGTERM
+    last: FakeAgent | None = None
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.stopped = False
+        FakeAgent.last = self
+
+    def start(self) -> None:
+        """Fail, if told to."""
+        if self.error:
+            raise self.error
+
+    def run(self, stop: threading.Event) -> None:
+        """Be told to stop by a real signal."""
+        assert not stop.is_set()
+        os.kill(os.getpid(), self.signal)
+        self.stopped = stop.wait(10)
+
+
+@pytest.fixture(autouse=True)
+def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Start with no settings and the stand-in, and put signals and the root logger back in the end."""
+    for name in [name for name in os.environ if name.startswith("OTEL_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(cli, "Agent", FakeAgent)
+    monkeypatch.setattr(FakeAgent, "last", None)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    logger = logging.getLogger()
+    log_handlers, level = list(logger.handlers), logger.level
+    logger.handlers.clear()
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    for log_handler in logger.handlers:
+        log_handler.close()
+    logger.handlers[:] = log_handlers
+    logger.setLevel(level)
+
+
+@pytest.fixture
+def vips_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Set a good VIP file."""
+    path = tmp_path / "vips.yaml"
+    path.write_text(GOOD_FILE)
+    monkeypatch.setenv("OTEL_LB_HOP_VIPS_FILE", str(path))
+    return path
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    """`version` prints the version and nothing else."""
+    assert cli.main(["version"]) == 0
+    assert capsys.readouterr() == (f"{__version__}\n", "")
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["run", "now"], ["--version"]])
+def test_wrong_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A command that is not there ends with 2 and the usage on stderr."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("usage: otel-lb-hop")
+
+
+@pytest.mark.usefixtures("vips_file")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_run_ends_by_signal(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`run` hands the settings over and ends with 0 on either signal."""
+    monkeypatch.setattr(FakeAgent, "signal", number)
+    monkeypatch.setenv("OTEL_LB_HOP_NODE_NAME", "node7")
+    assert cli.main(["run"]) == 0
+    assert FakeAgent.last is not None
+    assert (FakeAgent.last.stopped, FakeAgent.last.config.node_name) == (True, "node7")
+
+
+def test_bad_settings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every bad setting is on stderr, each on its line, the exit code is 2, and nothing was started."""
+    bad = {"OTEL_LB_HOP_RECORD_RATIO": "2", "OTEL_LB_HOP_LISTEN": "here", "OTEL_LOGS_EXPORTER": "a b"}
+    for name, text in bad.items():
+        monkeypatch.setenv(name, text)
+    assert cli.main(["run"]) == 2
+    out, err = capsys.readouterr()
+    head, *lines = err.splitlines()
+    assert (out, head) == ("", "otel-lb-hop: the configuration is wrong:")
+    assert {line.split(":")[0] for line in lines} == {*bad, "OTEL_LB_HOP_VIPS_FILE"}
+    assert "OTEL_LB_HOP_RECORD_RATIO: read '2', accepted: a number from 0 to 1" in lines
+    assert FakeAgent.last is None
+
+
+def test_bad_settings_and_bad_file(
+    vips_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is wrong in the VIP file is told together with what is wrong in the settings."""
+    monkeypatch.setenv("OTEL_LB_HOP_LOG_LEVEL", "loud")
+    vips_file.write_text("services:\n- {name: web, vips: [10.0.0.1], ports: [{port: 0}]}\n")
+    assert cli.main(["run"]) == 2
+    lines = capsys.readouterr().err.splitlines()[1:]
+    assert [line.split(": read")[0] for line in lines] == [
+        "OTEL_LB_HOP_LOG_LEVEL",
+        f"{vips_file} line 2: services[0].name",
+        f"{vips_file} line 2: services[0].ports[0].port",
+    ]
+
+
+def test_bad_settings_and_missing_file(
+    vips_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file that is not there is one more problem."""
+    monkeypatch.setenv("OTEL_LB_HOP_LOG_LEVEL", "loud")
+    vips_file.unlink()
+    assert cli.main(["run"]) == 2
+    assert f"{vips_file}: read 'No such file or directory'" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("vips_file")
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KernelError("bcc is missing"), 1, "otel-lb-hop: bcc is missing\n"),
+        (
+            ConfigError([Problem("A", "1", "2"), Problem("B", "3", "4")]),
+            2,
+            "otel-lb-hop: the configuration is wrong:\nA: read '1', accepted: 2\nB: read '3', accepted: 4\n",
+        ),
+    ],
+)
+def test_agent_does_not_start(
+    error: Exception, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What stands in the agent's way is said without a traceback, with an exit code by its kind."""
+    monkeypatch.setattr(FakeAgent, "error", error)
+    assert cli.main(["run"]) == code
+    assert capsys.readouterr() == ("", said)
+
+
+@pytest.mark.usefixtures("vips_file")
+def test_unknown_settings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each variable with our prefix that means nothing is a warning, with what may be meant; the agent runs."""
+    monkeypatch.setenv("OTEL_LB_HOP_LOGLEVEL", "debug")
+    monkeypatch.setenv("OTEL_LB_HOP_RECORDS_RATE", "5")
+    monkeypatch.setenv("OTEL_LB_HOP_ZZZ", "%s")
+    assert cli.main(["run"]) == 0
+    said = [line.partition(" WARNING otel_lb_hop.cli: ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert said == [
+        "OTEL_LB_HOP_LOGLEVEL is no setting; is OTEL_LB_HOP_LOG_LEVEL meant?",
+        "OTEL_LB_HOP_RECORDS_RATE is no setting; is OTEL_LB_HOP_RECORD_RATE meant?",
+        "OTEL_LB_HOP_ZZZ is no setting",
+    ]
+
+
+def test_good_settings_do_not_read_the_file(vips_file: Path) -> None:
+    """With good settings the file is left to the agent, which reads it once."""
+    vips_file.unlink()
+    assert cli.read_config(os.environ).vips_file == vips_file

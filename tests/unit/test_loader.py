@@ -1,0 +1,96 @@
+"""What an operator reads when the programs cannot be loaded, and where their source is."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import pytest
+
+from otel_lb_hop.errors import KernelError
+from otel_lb_hop.kernel import loader
+
+REFUSED = "loading BPF programs was refused: run as root or with CAP_BPF and CAP_NET_ADMIN: "
+FAILED = "compiling or loading the BPF programs failed: "
+NO_BPF = "this kernel has no bpf(2): it needs CONFIG_BPF_SYSCALL and CONFIG_NET_CLS_BPF: "
+NO_BCC = "RuntimeError: the Python package bcc cannot be imported (No module named 'bcc'): install python3-bpfcc"
+VERIFIER = "Exception: Failed to load BPF program b'lbh_ingress': Permission denied"
+NOT_PERMITTED = "bpf: Failed to load program: Operation not permitted"
+
+CASES = [
+    (0, NO_BCC, "", f"bcc is missing: {NO_BCC}"),
+    (0, "Exception: Failed to compile", "a.c:1:1: error: no\n1 error generated.\n\n", f"{FAILED}@ 1 error generated."),
+    (0, VERIFIER, "R1 invalid mem access\nprocessed 9 insns\n", f"{FAILED}@ processed 9 insns"),
+    (1000, VERIFIER, "", f"{REFUSED}@"),
+    (0, "Exception: Failed to load BPF", NOT_PERMITTED, f"{REFUSED}@ {NOT_PERMITTED}"),
+    (0, "OSError: [Errno 1] Operation not permitted", "", f"{REFUSED}@"),
+    (0, "OSError: [Errno 38] Function not implemented", "", f"{NO_BPF}@"),
+    (0, "Exception: Failed to load BPF", "bpf: Function not implemented", f"{NO_BPF}@ bpf: Function not implemented"),
+    (1000, "FileNotFoundError: /usr/include/linux/bpf.h is missing", "", f"{FAILED}@"),
+    (0, "the compile child ended with -9", "", f"{FAILED}@"),
+    (0, "the compile child ended with -6", "LLVM ERROR: out of memory\n", f"{FAILED}@ LLVM ERROR: out of memory"),
+]
+
+
+@pytest.mark.parametrize(("user", "error", "output", "told"), CASES)
+def test_explain(user: int, error: str, output: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each failure is told with what to do first, then the child's error and its last line."""
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    assert loader._explain(error, output) == told.replace("@", error)
+
+
+def test_bpf_folder() -> None:
+    """The C sources are found, with the header and the stub headers beside them."""
+    folder = loader.bpf_folder()
+    for name in ("lb_hop.c", "lb_hop.h", "parse.h", "include"):
+        assert (folder / name).exists()
+
+
+@pytest.mark.parametrize("place", ["package/bpf", "bpf"])
+def test_bpf_folder_places(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installed, the sources are in the package; in a checkout beside it; nowhere is an incomplete installation."""
+    monkeypatch.setattr(loader, "__file__", str(tmp_path / "package/kernel/loader.py"))
+    with pytest.raises(KernelError, match="the installation is not complete"):
+        loader.bpf_folder()
+    (tmp_path / place).mkdir(parents=True)
+    with pytest.raises(KernelError, match="BPF sources are not in"):
+        loader.bpf_folder()
+    (tmp_path / place / "lb_hop.c").touch()
+    assert loader.bpf_folder() == tmp_path / place
+
+
+def test_installed_sources_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package's own sources win over a folder that happens to stand beside it."""
+    monkeypatch.setattr(loader, "__file__", str(tmp_path / "package/kernel/loader.py"))
+    for place in ("package/bpf", "bpf"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "lb_hop.c").touch()
+    assert loader.bpf_folder() == tmp_path / "package/bpf"
+
+
+@pytest.mark.parametrize(
+    ("release", "old"),
+    [
+        ("5.11.22", True),
+        ("4.19.0-27-amd64", True),
+        ("5.12.0", False),
+        ("6.1.0-49-amd64", False),
+        ("6.10", False),
+        ("strange", True),
+    ],
+)
+def test_request(release: str, old: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: FBT001
+    """The child is told sizes and source; kernels before 5.12 have no atomic compare and exchange."""
+    monkeypatch.setattr(platform, "release", lambda: release)
+    request = loader._request(loader.Sizes(vip_ports=7))
+    assert request["defines"]["LBH_MAX_VIP_PORTS"] == 7
+    assert ("LBH_NO_COMPARE_EXCHANGE" in request["defines"]) is old
+    assert Path(request["source"]).is_file()
+
+
+def test_seeds_differ() -> None:
+    """The hash seed is drawn anew each time and fits in 64 bits."""
+    seeds = {loader.hash_seed() for _ in range(20)}
+    assert len(seeds) == 20
+    assert all(0 <= seed < 2**64 for seed in seeds)

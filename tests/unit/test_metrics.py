@@ -1,0 +1,484 @@
+# ruff: noqa: TID251 - the SDK's classes are what is made, its encoder is the oracle
+"""From counters to OTLP metrics, with every name and value spelt out: dashboards depend on them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+from opentelemetry.sdk.metrics.export import (
+    AggregationTemporality,
+    Gauge,
+    HistogramDataPoint,
+    Metric,
+    MetricsData,
+    NumberDataPoint,
+    Sum,
+)
+from opentelemetry.sdk.metrics.export import Histogram as HistogramData
+from opentelemetry.sdk.resources import Resource
+
+from otel_lb_hop import __version__, semconv
+from otel_lb_hop.core.layout import BUCKETS, Event, Histogram, HopStats, Unforwarded, VipStats
+from otel_lb_hop.core.topology import KEEP_RETIRED_NS, Topology
+from otel_lb_hop.export.metrics import MetricsBuilder, SelfReport
+from otel_lb_hop.model import Hop, Policy
+from tests.unit.samples import (
+    CLUSTERS,
+    LOCAL,
+    NODE,
+    REMOTE,
+    SECOND,
+    backend,
+    cluster,
+    histogram,
+    hop_stats,
+    vip_port,
+    vip_stats,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from random import Random
+
+    from otel_lb_hop.model import Cluster
+
+START = 1_700_000_000 * SECOND
+NOW = START + 60 * SECOND
+AGENT_START = START - 5 * SECOND
+VIP_ATTRIBUTES = {
+    "k8s.namespace.name": "default",
+    "k8s.service.name": "web",
+    "server.address": "10.0.10.0",
+    "server.port": 80,
+    "network.transport": "tcp",
+    "network.type": "ipv4",
+    "lb_hop.external_traffic_policy": "Cluster",
+    "k8s.node.name": "node1",
+}
+RECORDS_ONLY = {
+    "client.address",
+    "client.port",
+    "source.address",
+    "source.port",
+    "destination.address",
+    "destination.port",
+    "destination.k8s.pod.name",
+    "destination.k8s.namespace.name",
+    "network.interface.name",
+}
+SEMCONV = {value for name, value in vars(semconv).items() if name.isupper()}
+EMPTY_REPORT = SelfReport((0,) * len(Event), {}, {}, 0, 0.0, {}, {})
+SECOND_REMOTE = backend("10.100.3.2", "node3", "zone-a")
+
+Point = tuple[dict[str, Any], int, Any]
+
+
+class Exporter:
+    """A topology and its builder."""
+
+    def __init__(self, state: Cluster) -> None:
+        self.topology = Topology(NODE)
+        self.topology.update(state, START)
+        self.builder = MetricsBuilder(Resource({"service.name": "x"}), self.topology, NODE, AGENT_START)
+
+    def build(
+        self,
+        vips: dict[int, VipStats] | None = None,
+        hops: dict[int, HopStats] | None = None,
+        report: SelfReport = EMPTY_REPORT,
+        now_ns: int = NOW,
+    ) -> dict[str, Metric]:
+        """Build one export; gives its metrics by name."""
+        return metrics_of(self.builder.build(vips or {}, hops or {}, report, now_ns))
+
+
+def metrics_of(data: MetricsData) -> dict[str, Metric]:
+    """Take the metrics out of an export by name, of which each may stand there once."""
+    (resource,) = data.resource_metrics
+    (scope,) = resource.scope_metrics
+    assert len({metric.name for metric in scope.metrics}) == len(scope.metrics)
+    return {metric.name: metric for metric in scope.metrics}
+
+
+def points(metric: Metric) -> list[Point]:
+    """Give (attributes, start, value) of each point."""
+    made = []
+    for point in metric.data.data_points:
+        assert isinstance(point, (NumberDataPoint, HistogramDataPoint))
+        value = point.value if isinstance(point, NumberDataPoint) else (point.sum, point.bucket_counts)
+        made.append((dict(point.attributes or {}), point.start_time_unix_nano, value))
+    return made
+
+
+def beyond(metric: Metric) -> list[tuple[dict[str, Any], Any]]:
+    """Give the points' values with what their attributes have beyond the VIP port's."""
+    made = []
+    for attributes, _, value in points(metric):
+        assert attributes.items() >= VIP_ATTRIBUTES.items()
+        made.append(({name: attributes[name] for name in attributes.keys() - VIP_ATTRIBUTES.keys()}, value))
+    return made
+
+
+@pytest.fixture
+def web() -> Exporter:
+    """Default/web with a backend here (row 2), on node2 in another zone (3) and on node3 in this one (4)."""
+    return Exporter(cluster(vip_port(LOCAL, REMOTE, SECOND_REMOTE), node1="zone-a"))
+
+
+def test_connections(web: Exporter) -> None:
+    """Each row is a point with its outcome, hop, origin, the backend's node and whether a zone was crossed."""
+    vips = {1: vip_stats(internal=(0, 1), external=(2, 0, 3))}
+    hops = {
+        1: hop_stats(external=4),
+        2: hop_stats(internal=5, external=6),
+        3: hop_stats(external=7),
+        4: hop_stats(internal=8, external=9),
+    }
+    none = {"lb_hop.outcome": "forwarded", "lb_hop.hop": "none", "destination.k8s.node.name": "node1"}
+    far = {"lb_hop.outcome": "forwarded", "lb_hop.hop": "avoidable", "destination.k8s.node.name": "node2"}
+    near = {"lb_hop.outcome": "forwarded", "lb_hop.hop": "avoidable", "destination.k8s.node.name": "node3"}
+    external, internal = {"lb_hop.origin": "external"}, {"lb_hop.origin": "internal"}
+    same, crossed = {"lb_hop.zone.crossed": False}, {"lb_hop.zone.crossed": True}
+    assert beyond(web.build(vips, hops)["lb_hop.connections"]) == [
+        ({"lb_hop.outcome": "no_endpoints"} | internal, 1),
+        ({"lb_hop.outcome": "dropped"} | external, 2),
+        ({"lb_hop.outcome": "no_local_endpoints"} | external, 3),
+        ({"lb_hop.outcome": "forwarded", "lb_hop.hop": "unknown"} | external, 4),
+        (none | internal | same, 5),
+        (none | external | same, 6),
+        (far | external | crossed, 7),
+        (near | internal | same, 8),
+        (near | external | same, 9),
+    ]
+
+
+def test_zeros(web: Exporter) -> None:
+    """A zero stands only where it says something: external ways to known backends, and retransmissions."""
+    metrics = web.build({1: vip_stats()}, {number: hop_stats() for number in (1, 2, 3, 4)})
+    assert [
+        (each["lb_hop.origin"], each["destination.k8s.node.name"], value)
+        for each, value in beyond(metrics["lb_hop.connections"])
+    ] == [("external", "node1", 0), ("external", "node2", 0), ("external", "node3", 0)]
+    assert beyond(metrics["lb_hop.syn.retransmits"]) == [({}, 0)]
+    silent = {"lb_hop.handshake.failures", "lb_hop.replies.unseen", "lb_hop.forward.duration"}
+    assert not metrics.keys() & (silent | {"lb_hop.handshake.duration"})
+
+
+def test_other_vip_attributes() -> None:
+    """Address family, policy, port and names are those of the VIP port."""
+    made = Exporter(cluster(vip_port(LOCAL, address="fd00:10::1", port=443, name="shop/api", policy=Policy.LOCAL)))
+    ((attributes, _, value),) = points(made.build({1: vip_stats(retransmits=9)})["lb_hop.syn.retransmits"])
+    assert value == 9
+    assert attributes == {
+        "k8s.namespace.name": "shop",
+        "k8s.service.name": "api",
+        "server.address": "fd00:10::1",
+        "server.port": 443,
+        "network.transport": "tcp",
+        "network.type": "ipv6",
+        "lb_hop.external_traffic_policy": "Local",
+        "k8s.node.name": "node1",
+    }
+
+
+def test_failures_are_summed_over_the_backends_nodes(web: Exporter) -> None:
+    """Failures and unseen replies stand once per hop class, whatever number of nodes its backends are on."""
+    hops = {
+        2: hop_stats(refused=1),
+        3: hop_stats(refused=2, timeout=3, reply_unseen=4),
+        4: hop_stats(refused=20, timeout=0, reply_unseen=40),
+    }
+    metrics = web.build({}, hops)
+    assert beyond(metrics["lb_hop.handshake.failures"]) == [
+        ({"lb_hop.hop": "none", "error.type": "refused"}, 1),
+        ({"lb_hop.hop": "avoidable", "error.type": "refused"}, 22),
+        ({"lb_hop.hop": "avoidable", "error.type": "timeout"}, 3),
+    ]
+    assert beyond(metrics["lb_hop.replies.unseen"]) == [({"lb_hop.hop": "avoidable"}, 44)]
+
+
+def test_histograms(web: Exporter) -> None:
+    """Buckets go through as they are and add up over nodes, bounds and sums are in seconds."""
+    hops = {
+        2: hop_stats(forward=histogram(1_500_000_000, b0=1, b21=2)),
+        3: hop_stats(forward=histogram(3_000, b1=3), handshake=histogram(2_000_000, b10=1)),
+        4: hop_stats(forward=histogram(4_000, b1=4, b2=1)),
+    }
+    metrics = web.build({}, hops)
+    forward = metrics["lb_hop.forward.duration"]
+    one, two = forward.data.data_points
+    assert isinstance(one, HistogramDataPoint)
+    assert isinstance(two, HistogramDataPoint)
+    assert one.explicit_bounds == (
+        1e-6, 2.5e-6, 5e-6, 1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3,
+        0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0,
+    )  # fmt: skip
+    assert (one.count, one.sum, one.bucket_counts) == (3, 1.5, (1, *(0,) * 20, 2))
+    assert (two.count, two.sum, two.bucket_counts) == (8, 7e-6, (0, 7, 1, *(0,) * 19))
+    assert [each for each, _ in beyond(forward)] == [{"lb_hop.hop": "none"}, {"lb_hop.hop": "avoidable"}]
+    ((attributes, value),) = beyond(metrics["lb_hop.handshake.duration"])
+    assert (attributes, value) == ({"lb_hop.hop": "avoidable"}, (0.002, (*(0,) * 10, 1, *(0,) * 11)))
+
+
+def test_kinds_units_and_temporality(web: Exporter) -> None:
+    """Counters are cumulative and monotonic, histograms cumulative, the rest gauges; units are UCUM."""
+    full = hop_stats(1, 1, refused=1, reply_unseen=1, forward=histogram(1, b0=1), handshake=histogram(1, b0=1))
+    report = SelfReport((1,) * len(Event), {}, {"logs": 1}, 1, 1.0, {"backends": (1, 2)}, {"ring": True})
+    metrics = web.build({1: vip_stats()}, {2: full}, report)
+    kinds = {name: (type(metric.data).__name__, metric.unit) for name, metric in metrics.items()}
+    assert kinds == {
+        "lb_hop.connections": ("Sum", "{connection}"),
+        "lb_hop.syn.retransmits": ("Sum", "{packet}"),
+        "lb_hop.handshake.failures": ("Sum", "{connection}"),
+        "lb_hop.replies.unseen": ("Sum", "{connection}"),
+        "lb_hop.forward.duration": ("Histogram", "s"),
+        "lb_hop.handshake.duration": ("Histogram", "s"),
+        "lb_hop.endpoints": ("Gauge", "{endpoint}"),
+        "lb_hop.records.dropped": ("Sum", "{record}"),
+        "lb_hop.records.exported": ("Sum", "{record}"),
+        "lb_hop.events.dropped": ("Sum", "{event}"),
+        "lb_hop.vip.ports": ("Gauge", "{vip_port}"),
+        "lb_hop.topology.age": ("Gauge", "s"),
+        "lb_hop.map.usage": ("Gauge", "{entry}"),
+        "lb_hop.map.limit": ("Gauge", "{entry}"),
+        "lb_hop.part.healthy": ("Gauge", "1"),
+    }
+    for metric in metrics.values():
+        assert metric.description
+        assert not metric.name.endswith("_total")
+        if isinstance(metric.data, (Sum, HistogramData)):
+            assert metric.data.aggregation_temporality is AggregationTemporality.CUMULATIVE
+        if isinstance(metric.data, Sum):
+            assert metric.data.is_monotonic
+        assert all(point.time_unix_nano == NOW for point in metric.data.data_points)
+
+
+def test_start_times() -> None:
+    """A point starts with its row; what is summed over rows starts with the VIP port; our own with the agent."""
+    made = Exporter(cluster(vip_port(REMOTE)))
+    later = START + 7 * SECOND
+    made.topology.update(cluster(vip_port(REMOTE, LOCAL)), later)
+    vips = {1: vip_stats(external=(1,), retransmits=1)}
+    hops = {2: hop_stats(external=1), 3: hop_stats(external=1, refused=1, forward=histogram(1, b0=1))}
+    metrics = made.build(vips, hops)
+    starts = {}
+    for attributes, start, _ in points(metrics["lb_hop.connections"]):
+        starts[attributes.get("lb_hop.hop", attributes["lb_hop.outcome"])] = start
+    assert starts == {"dropped": START, "required": START, "avoidable": later}
+    for name in ("lb_hop.syn.retransmits", "lb_hop.handshake.failures", "lb_hop.forward.duration"):
+        assert [start for _, start, _ in points(metrics[name])] == [START]
+    for name in ("lb_hop.vip.ports", "lb_hop.endpoints", "lb_hop.events.dropped", "lb_hop.records.dropped"):
+        assert {start for _, start, _ in points(metrics[name])} == {AGENT_START}
+
+
+def test_endpoints() -> None:
+    """Ready endpoints are told by where they are, zeros too; a deleted Service has none to tell of."""
+    made = Exporter(cluster(vip_port(LOCAL, REMOTE, SECOND_REMOTE, backend("10.100.3.3", "node3")), node1="zone-a"))
+    assert beyond(made.build()["lb_hop.endpoints"]) == [
+        ({"lb_hop.placement": "local"}, 1),
+        ({"lb_hop.placement": "same_zone"}, 2),
+        ({"lb_hop.placement": "other_zone"}, 1),
+    ]
+    made.topology.update(cluster(), NOW)
+    assert "lb_hop.endpoints" not in made.build()
+
+
+def test_retired_rows_are_still_told() -> None:
+    """A Service that was deleted keeps its series until its rows are forgotten."""
+    made = Exporter(cluster(vip_port(LOCAL)))
+    made.topology.update(cluster(), NOW)
+    metrics = made.build({1: vip_stats(retransmits=1)}, {2: hop_stats(external=3, refused=1)})
+    assert [value for _, value in beyond(metrics["lb_hop.connections"])] == [3]
+    assert [value for _, value in beyond(metrics["lb_hop.handshake.failures"])] == [1]
+
+
+def test_carry_over_keeps_a_sum_from_falling(web: Exporter) -> None:
+    """What a forgotten row had counted stays in the sum of its hop class, and is told even with no row left."""
+    gone = hop_stats(refused=5, timeout=1, reply_unseen=2, forward=histogram(7_000, b1=2), handshake=histogram(9, b0=9))
+    here = hop_stats(refused=1, forward=histogram(1_000, b1=1, b3=1))
+    before = web.build({}, {3: gone, 4: here})
+    web.builder.carry_over(1, Hop.AVOIDABLE, gone)
+    after = web.build({}, {4: here})
+    for name in ("lb_hop.handshake.failures", "lb_hop.replies.unseen", "lb_hop.forward.duration"):
+        assert points(after[name]) == points(before[name])
+    assert points(web.build()["lb_hop.handshake.duration"]) == points(before["lb_hop.handshake.duration"])
+    web.builder.carry_over(1, Hop.AVOIDABLE, here)  # a second row of the class adds to the first
+    assert points(web.build()["lb_hop.handshake.failures"]) == points(before["lb_hop.handshake.failures"])
+
+
+def test_carry_goes_with_its_vip_port() -> None:
+    """A VIP port that is forgotten takes its carry along; one that comes back starts at zero with a new start."""
+    made = Exporter(cluster(vip_port(REMOTE)))
+    made.builder.carry_over(1, Hop.REQUIRED, hop_stats(refused=5))
+    made.topology.update(cluster(), NOW)
+    made.topology.rows(NOW + KEEP_RETIRED_NS)
+    later = NOW + KEEP_RETIRED_NS + SECOND
+    made.topology.update(cluster(vip_port(REMOTE)), later)
+    ((_, hop_id),) = [made.topology.hops.by_id.keys()]
+    metrics = made.build({}, {hop_id: hop_stats(refused=1)}, now_ns=later)
+    assert [(start, value) for _, start, value in points(metrics["lb_hop.handshake.failures"])] == [(later, 1)]
+
+
+def test_self_metrics() -> None:
+    """What the agent says of itself: every loss by reason, tables, parts, age; all with the node's name."""
+    events = tuple(range(100, 100 + len(Event)))
+    report = SelfReport(
+        events=events,
+        record_drops={("", "unresolved"): 3, ("", "wrong_size"): 0, ("logs", "queue_full"): 4, ("", "rate"): 1000},
+        records_exported={"logs": 7, "traces": 0},
+        vip_ports=2,
+        topology_age_s=1.5,
+        map_usage={"vip_ports": (2, 16_384), "backends": (5, 262_144)},
+        parts_healthy={"topology": True, "logs": False},
+    )
+    metrics = Exporter(cluster()).build(report=report)
+    told: dict[str, dict[str, Any]] = {}
+    for name, metric in metrics.items():
+        told[name] = {}
+        for attributes, _, value in points(metric):
+            assert attributes.pop("k8s.node.name") == "node1"
+            told[name]["/".join(str(attributes[key]) for key in sorted(attributes))] = value
+    assert told == {
+        "lb_hop.records.dropped": {
+            "unresolved": 3,
+            "wrong_size": 0,
+            "logs/queue_full": 4,
+            "ratio": 101,
+            "rate": 1102,
+            "ring_full": 103,
+            "no_verdict": 104,
+        },
+        "lb_hop.records.exported": {"logs": 7, "traces": 0},
+        "lb_hop.events.dropped": {
+            "truncated": 105,
+            "fragment": 106,
+            "extension": 107,
+            "isn_shared": 108,
+            "no_slot": 109,
+            "late": 110,
+            "no_row": 111,
+        },
+        "lb_hop.vip.ports": {"": 2},
+        "lb_hop.topology.age": {"": 1.5},
+        "lb_hop.map.usage": {"vip_ports": 2, "backends": 5},
+        "lb_hop.map.limit": {"vip_ports": 16_384, "backends": 262_144},
+        "lb_hop.part.healthy": {"topology": 1, "logs": 0},
+    }
+    assert all(type(value) is int for name in told for value in told[name].values() if name != "lb_hop.topology.age")
+    signals = [each.get("lb_hop.signal") for each, _, _ in points(metrics["lb_hop.records.dropped"])]
+    assert Counter(signals) == {None: 6, "logs": 1}
+
+
+def test_every_event_is_told() -> None:
+    """No event of the kernel is counted and then kept quiet, but for records that were sent."""
+    report = SelfReport(tuple(1 for _ in Event), {}, {}, 0, 0.0, {}, {})
+    metrics = Exporter(cluster()).build(report=report)
+    names = ("lb_hop.records.dropped", "lb_hop.events.dropped")
+    assert sum(value for name in names for _, _, value in points(metrics[name])) == len(Event) - 1
+
+
+def test_resource_and_scope(web: Exporter) -> None:
+    """An export names its resource and scope, with the schema of the semantic conventions."""
+    (resource,) = web.builder.build({}, {}, EMPTY_REPORT, NOW).resource_metrics
+    (scope,) = resource.scope_metrics
+    assert resource.resource.attributes == {"service.name": "x"}
+    assert (scope.scope.name, scope.scope.version) == ("otel_lb_hop", __version__)
+    assert scope.schema_url == scope.scope.schema_url == "https://opentelemetry.io/schemas/1.44.0"
+
+
+def test_official_encoder(web: Exporter) -> None:
+    """The OTLP encoder takes an export as it is; histograms have no min and max, bools stay bools."""
+    hops = {3: hop_stats(external=2**63 - 1, forward=histogram(3_000_000, b1=3, b21=1))}
+    data = web.builder.build({1: vip_stats(retransmits=2)}, hops, EMPTY_REPORT, NOW)
+    request = ExportMetricsServiceRequest.FromString(encode_metrics(data).SerializeToString())
+    metrics = {metric.name: metric for metric in request.resource_metrics[0].scope_metrics[0].metrics}
+    connections = metrics["lb_hop.connections"].sum
+    assert (connections.aggregation_temporality, connections.is_monotonic) == (2, True)
+    (point,) = connections.data_points
+    assert (point.as_int, point.start_time_unix_nano, point.time_unix_nano) == (2**63 - 1, START, NOW)
+    values = {each.key: each.value for each in point.attributes}
+    assert values["lb_hop.zone.crossed"].bool_value is True
+    assert (values["server.port"].int_value, values["server.address"].string_value) == (80, "10.0.10.0")
+    (times,) = metrics["lb_hop.forward.duration"].histogram.data_points
+    assert not times.HasField("min")
+    assert not times.HasField("max")
+    assert (times.count, times.sum, list(times.bucket_counts)) == (4, 0.003, [0, 3, *[0] * 19, 1])
+    assert len(times.explicit_bounds) == len(times.bucket_counts) - 1
+
+
+def _random_histogram(random: Random, last: Histogram) -> Histogram:
+    buckets = list(last.buckets)
+    buckets[random.randrange(BUCKETS)] += random.randrange(3)
+    return Histogram(last.sum_ns + random.randrange(10**6), tuple(buckets))
+
+
+def _grown_hop(random: Random, last: HopStats) -> HopStats:
+    counts = [getattr(last, name) + random.randrange(3) for name in HopStats._fields[1:6]]
+    forwarded = last.forwarded[0] + random.randrange(2), last.forwarded[1] + random.randrange(3)
+    times = _random_histogram(random, last.forward), _random_histogram(random, last.handshake)
+    return HopStats._make((forwarded, *counts, *times))
+
+
+def _grown_vip(random: Random, last: VipStats) -> VipStats:
+    reasons = [tuple(count + random.randrange(2) for count in row) for row in last.unforwarded]
+    assert len(reasons[0]) == len(Unforwarded)
+    return VipStats((0, 0), (reasons[0], reasons[1]), last.retransmits + random.randrange(3))
+
+
+class _Kernel:
+    """Counters that only grow, for the rows that the topology keeps, as kernel/tables.py has them."""
+
+    def __init__(self) -> None:
+        self.vips: dict[int, VipStats] = {}
+        self.hops: dict[int, HopStats] = {}
+
+    def go_on(self, exporter: Exporter, random: Random, now_ns: int) -> None:
+        """Count something in each row; rows that are forgotten go over into the carry, as in agent.py."""
+        hop_rows = dict(exporter.topology.hops.by_id)
+        rows = exporter.topology.rows(now_ns)
+        for hop_id in self.hops.keys() - rows.hop_ids:
+            exporter.builder.carry_over(hop_rows[hop_id].vip_id, hop_rows[hop_id].hop, self.hops[hop_id])
+        self.vips = {each: _grown_vip(random, self.vips.get(each, vip_stats())) for each in rows.vip_ids}
+        self.hops = {each: _grown_hop(random, self.hops.get(each, hop_stats())) for each in rows.hop_ids}
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.sampled_from([1, 299, 301]), CLUSTERS), min_size=1, max_size=5), st.randoms())
+def test_any_history(steps: list[tuple[int, Cluster]], random: Random) -> None:
+    """In any history of topologies and counters names are ours, no two points are one series, none ever falls."""
+    exporter, kernel, now = Exporter(cluster()), _Kernel(), START
+    last: dict[tuple[str, frozenset[tuple[str, Any]]], tuple[int, list[float]]] = {}
+    for seconds, state in steps:
+        now += seconds * SECOND
+        exporter.topology.update(state, now)
+        kernel.go_on(exporter, random, now)
+        data = exporter.builder.build(kernel.vips, kernel.hops, EMPTY_REPORT, now)
+        metrics = metrics_of(data)
+        assert metrics.keys() <= SEMCONV
+        encode_metrics(data).SerializeToString()
+        told = {
+            (name, frozenset(attributes.items())): (start, [value] if isinstance(value, (int, float)) else value[1])
+            for name, metric in metrics.items()
+            for attributes, start, value in points(metric)
+        }
+        assert len(told) == sum(len(metric.data.data_points) for metric in metrics.values())
+        for (name, attributes), (start, values) in told.items():
+            assert dict(attributes).keys() <= SEMCONV - RECORDS_ONLY
+            assert "" not in dict(attributes).values()
+            assert start <= now
+            if isinstance(metrics[name].data, Gauge) or (name, attributes) not in last:
+                continue
+            before_start, before = last[name, attributes]
+            # A later start is a new series; with the same start nothing may fall.
+            assert start >= before_start
+            assert start > before_start or all(a >= b for a, b in zip(values, before, strict=True))
+        last = told
+        forwarded = sum(sum(stats.forwarded) for stats in kernel.hops.values())
+        lost = sum(sum(map(sum, stats.unforwarded)) for stats in kernel.vips.values())
+        connections = points(metrics["lb_hop.connections"]) if "lb_hop.connections" in metrics else []
+        assert sum(value for _, _, value in connections) == forwarded + lost

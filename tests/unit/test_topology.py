@@ -1,0 +1,395 @@
+"""What a cluster state becomes in the kernel's tables, and how long an id means the same."""
+
+from __future__ import annotations
+
+import sys
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from otel_lb_hop.core.layout import BACKEND_KEY, VIP_KEY, VIP_VALUE, Unforwarded
+from otel_lb_hop.core.topology import KEEP_RETIRED_NS, HopRow, Placement, Tables, Topology, VipRow
+from otel_lb_hop.model import Backend, Cluster, Hop, Policy, Transport, VipPort, format_address, pack_address
+from tests.unit.samples import CLUSTERS, LOCAL, NODE, REMOTE, SECOND, backend, cluster, vip_port
+
+START = 1_700_000_000 * SECOND
+AWAY = backend("10.100.3.2", "node3")
+HOMELESS = backend("10.100.4.2", None)
+
+
+class _Vip(NamedTuple):
+    address: str
+    port: int
+    transport: int
+    vip_id: int
+    unforwarded: Unforwarded
+
+
+def decode_vips(tables: Tables) -> list[_Vip]:
+    """Read the VIP table back from its bytes."""
+    decoded = []
+    for key, value in tables.vip_ports.items():
+        address, port, transport = VIP_KEY.unpack(key)
+        vip_id, reason = VIP_VALUE.unpack(value)
+        text = format_address(address)
+        decoded.append(_Vip(text, int.from_bytes(port, "big"), transport, vip_id, Unforwarded(reason)))
+    return decoded
+
+
+def decode_backends(tables: Tables) -> dict[tuple[int, str, int], int]:
+    """Read the backend table back from its bytes: (VIP id, address, port) → hop id."""
+    decoded = {}
+    for key, value in tables.backends.items():
+        vip_id, address, port = BACKEND_KEY.unpack(key)
+        decoded[vip_id, format_address(address), int.from_bytes(port, "big")] = int.from_bytes(value, sys.byteorder)
+    return decoded
+
+
+def hops_of(topology: Topology, tables: Tables) -> dict[str, HopRow]:
+    """Tell the hop row that each backend address points to."""
+    return {address: topology.hops.by_id[hop] for (_, address, _), hop in decode_backends(tables).items()}
+
+
+def vip_id_of(tables: Tables) -> int:
+    """Give the id of the only VIP port."""
+    (only,) = decode_vips(tables)
+    return only.vip_id
+
+
+@pytest.mark.parametrize(
+    ("backends", "classes"),
+    [
+        ([LOCAL], {"10.100.1.2": Hop.NONE}),
+        ([LOCAL, REMOTE, AWAY], {"10.100.1.2": Hop.NONE, "10.100.2.2": Hop.AVOIDABLE, "10.100.3.2": Hop.AVOIDABLE}),
+        ([REMOTE, AWAY], {"10.100.2.2": Hop.REQUIRED, "10.100.3.2": Hop.REQUIRED}),
+        ([backend("10.100.1.2", ready=False), REMOTE], {"10.100.1.2": Hop.NONE, "10.100.2.2": Hop.REQUIRED}),
+        ([HOMELESS, LOCAL], {"10.100.4.2": Hop.UNKNOWN, "10.100.1.2": Hop.NONE}),
+        ([HOMELESS, REMOTE], {"10.100.4.2": Hop.UNKNOWN, "10.100.2.2": Hop.REQUIRED}),
+        ([], {}),
+    ],
+)
+def test_hop_classes(backends: list[Backend], classes: dict[str, Hop]) -> None:
+    """A backend here is no hop, one elsewhere is avoidable only beside a ready one here, one without a node unknown."""
+    topology = Topology(NODE)
+    tables = topology.update(cluster(vip_port(*backends)), START)
+    assert {address: row.hop for address, row in hops_of(topology, tables).items()} == classes
+
+
+def test_backend_without_a_node_counts_on_the_vip_ports_own_row() -> None:
+    """The id of a VIP port is also its hop row for what is not known, so that the kernel needs no second default."""
+    topology = Topology(NODE)
+    tables = topology.update(cluster(vip_port(HOMELESS, REMOTE)), START)
+    vip_id = vip_id_of(tables)
+    assert decode_backends(tables)[vip_id, "10.100.4.2", 8080] == vip_id
+    assert topology.hops.by_id[vip_id] == HopRow(vip_id, Hop.UNKNOWN, None, None)
+    assert vip_id in tables.hop_ids
+
+
+@pytest.mark.parametrize(
+    ("address", "port", "pod", "pod_port"),
+    [
+        ("10.0.10.0", 80, "10.100.1.2", 8080),
+        ("fd00:10::1", 65535, "fd00:100::2", 1),
+        ("10.0.10.0", 256, "10.100.1.2", 255),
+    ],
+)
+def test_tables_decode_to_what_was_given(address: str, port: int, pod: str, pod_port: int) -> None:
+    """Addresses of both families and ports stand in the bytes in network order."""
+    topology = Topology(NODE)
+    tables = topology.update(cluster(vip_port(backend(pod, port=pod_port), address=address, port=port)), START)
+    assert decode_vips(tables) == [_Vip(address, port, 6, 1, Unforwarded.DROPPED)]
+    assert list(decode_backends(tables)) == [(1, pod, pod_port)]
+    assert (tables.vip_ids, tables.hop_ids) == (frozenset({1}), frozenset({1, 2}))
+    assert [len(key) for key in (*tables.vip_ports, *tables.backends)] == [20, 24]
+
+
+def test_vip_key_bytes() -> None:
+    """A key is, byte by byte, what a program on a packet puts together."""
+    topology = Topology(NODE)
+    tables = topology.update(cluster(vip_port(address="10.0.10.1", port=443)), START)
+    assert list(tables.vip_ports) == [bytes(10) + b"\xff\xff" + b"\x0a\x00\x0a\x01" + b"\x01\xbb" + b"\x06" + b"\0"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "backends", "reason"),
+    [
+        (Policy.CLUSTER, [], Unforwarded.NO_ENDPOINTS),
+        (Policy.CLUSTER, [backend("10.100.1.2", ready=False)], Unforwarded.NO_ENDPOINTS),
+        (Policy.CLUSTER, [REMOTE], Unforwarded.DROPPED),
+        (Policy.CLUSTER, [LOCAL], Unforwarded.DROPPED),
+        (Policy.LOCAL, [], Unforwarded.NO_ENDPOINTS),
+        (Policy.LOCAL, [REMOTE], Unforwarded.NO_LOCAL_ENDPOINTS),
+        (Policy.LOCAL, [HOMELESS], Unforwarded.NO_LOCAL_ENDPOINTS),
+        (Policy.LOCAL, [backend("10.100.1.2", ready=False), REMOTE], Unforwarded.NO_LOCAL_ENDPOINTS),
+        (Policy.LOCAL, [LOCAL, REMOTE], Unforwarded.DROPPED),
+    ],
+)
+def test_why_a_connection_would_not_be_forwarded(policy: Policy, backends: list[Backend], reason: Unforwarded) -> None:
+    """The reason follows from the policy and the ready endpoints; dropped when nothing in the topology explains it."""
+    tables = Topology(NODE).update(cluster(vip_port(*backends, policy=policy)), START)
+    assert [vip.unforwarded for vip in decode_vips(tables)] == [reason]
+
+
+def test_ready_local_backend_comes_and_goes() -> None:
+    """A backend's id changes with its hop class and comes back with it, so that counts stay with their class."""
+    topology = Topology(NODE)
+    alone, beside = cluster(vip_port(REMOTE)), cluster(vip_port(REMOTE, LOCAL))
+    ids = [
+        decode_backends(topology.update(state, START + turn * SECOND))[1, "10.100.2.2", 8080]
+        for turn, state in enumerate([alone, beside, alone, beside])
+    ]
+    assert ids[0] == ids[2] != ids[1] == ids[3]
+    assert topology.hops.by_id[ids[0]].hop is Hop.REQUIRED
+    assert topology.hops.by_id[ids[1]].hop is Hop.AVOIDABLE
+    assert {ids[0], ids[1]} <= topology.rows(START + 4 * SECOND).hop_ids
+
+
+def test_readiness_of_the_local_backend_decides() -> None:
+    """The local backend turning unready makes the others required, and keeps its own row."""
+    topology = Topology(NODE)
+    before = topology.update(cluster(vip_port(LOCAL, REMOTE)), START)
+    unready = backend("10.100.1.2", ready=False)
+    after = topology.update(cluster(vip_port(unready, REMOTE)), START + SECOND)
+    assert decode_backends(before)[1, "10.100.1.2", 8080] == decode_backends(after)[1, "10.100.1.2", 8080]
+    assert hops_of(topology, after)["10.100.2.2"].hop is Hop.REQUIRED
+
+
+def test_same_state_again_changes_nothing() -> None:
+    """An update with what is known makes equal tables, takes no ids and leaves the start times alone."""
+    topology = Topology(NODE)
+    state = cluster(vip_port(LOCAL, REMOTE, HOMELESS), vip_port(port=81), node1="a", node2="b")
+    first = topology.update(state, START)
+    created = dict(topology.vips.created_ns), dict(topology.hops.created_ns)
+    assert topology.update(state, START + SECOND) == first
+    assert (topology.vips.created_ns, topology.hops.created_ns) == created
+    assert set(created[0].values()) | set(created[1].values()) == {START}
+
+
+def test_backends_on_one_node_share_a_row() -> None:
+    """Two backends of one node and class count in one row: pods come and go without new series."""
+    topology = Topology(NODE)
+    tables = topology.update(cluster(vip_port(REMOTE, backend("10.100.2.3", "node2", "zone-b"))), START)
+    assert len(set(decode_backends(tables).values())) == 1
+
+
+def test_policy_is_part_of_the_identity() -> None:
+    """Another policy is another row with its own start time; the old policy's row comes back with the policy."""
+    topology = Topology(NODE)
+    ids = []
+    for turn, policy in enumerate([Policy.CLUSTER, Policy.LOCAL, Policy.CLUSTER]):
+        tables = topology.update(cluster(vip_port(LOCAL, policy=policy)), START + turn * SECOND)
+        ids.append(vip_id_of(tables))
+    assert ids[0] == ids[2] != ids[1]
+    assert topology.vips.by_id[ids[1]].policy is Policy.LOCAL
+    assert topology.vips.created_ns[ids[1]] == START + SECOND
+
+
+def test_deleted_rows_outlive_their_place_by_the_retirement_time() -> None:
+    """A deleted Service leaves the tables at once and its rows after the retirement time, not a moment earlier."""
+    topology = Topology(NODE)
+    topology.update(cluster(vip_port(LOCAL, REMOTE)), START)
+    gone = START + 10 * SECOND
+    assert topology.update(Cluster(), gone) == Tables({}, {}, frozenset(), frozenset())
+    assert topology.watched == 0
+    topology.update(Cluster(), gone + SECOND)  # being told again that it is gone does not prolong its life
+    kept = topology.rows(gone + KEEP_RETIRED_NS - 1)
+    assert (kept.vip_ids, kept.hop_ids) == (frozenset({1}), frozenset({1, 2, 3}))
+    assert topology.rows(gone + KEEP_RETIRED_NS) == (frozenset(), frozenset())
+    assert not topology.vips.by_id
+    assert not topology.hops.created_ns
+
+
+def test_come_back_within_the_retirement_time() -> None:
+    """What comes back in time goes on in its old rows and is retired no longer."""
+    topology = Topology(NODE)
+    state = cluster(vip_port(LOCAL, REMOTE))
+    first = topology.update(state, START)
+    topology.update(Cluster(), START + SECOND)
+    assert topology.update(state, START + 299 * SECOND) == first
+    assert topology.vips.created_ns[1] == START
+    assert topology.rows(START + 10_000 * SECOND) == (first.vip_ids, first.hop_ids)
+
+
+def test_come_back_after_the_retirement_time() -> None:
+    """What comes back too late gets new ids and new start times: its old ids are never used again."""
+    topology = Topology(NODE)
+    state = cluster(vip_port(LOCAL, REMOTE))
+    first = topology.update(state, START)
+    topology.update(Cluster(), START)
+    topology.rows(START + KEEP_RETIRED_NS)
+    later = START + KEEP_RETIRED_NS + SECOND
+    second = topology.update(state, later)
+    assert min(second.vip_ids | second.hop_ids) > max(first.vip_ids | first.hop_ids)
+    assert set(topology.vips.created_ns.values()) == {later}
+
+
+def test_recreated_with_the_same_name_elsewhere() -> None:
+    """A Service made anew under its name at another VIP is another row; the old VIP's is only retired."""
+    topology = Topology(NODE)
+    topology.update(cluster(vip_port(LOCAL)), START)
+    topology.update(Cluster(), START + SECOND)
+    tables = topology.update(cluster(vip_port(LOCAL, address="10.0.10.9")), START + 2 * SECOND)
+    (vip,) = decode_vips(tables)
+    assert (vip.address, vip.vip_id) == ("10.0.10.9", 3)
+    assert topology.vips.by_id[1].address == pack_address("10.0.10.0")
+
+
+def test_vip_moves_to_another_service() -> None:
+    """A VIP port that another Service takes over inherits no counts."""
+    topology = Topology(NODE)
+    old = vip_id_of(topology.update(cluster(vip_port(LOCAL)), START))
+    new = vip_id_of(topology.update(cluster(vip_port(LOCAL, name="default/other")), START + SECOND))
+    assert new != old
+    assert [row.service for row in topology.vips.by_id.values()] == ["web", "other"]
+
+
+def test_two_services_claim_one_vip_port() -> None:
+    """The first by namespace and name wins whatever the order; the other is skipped with the winner's name."""
+    ours, theirs = vip_port(LOCAL, name="b/web"), vip_port(REMOTE, name="a/web")
+    for state in (cluster(ours, theirs), cluster(theirs, ours)):
+        topology = Topology(NODE)
+        tables = topology.update(state, START)
+        assert topology.vips.by_id[vip_id_of(tables)].namespace == "a"
+        assert topology.skipped == ((ours, "a/web has this VIP port"),)
+        assert [address for _, address, _ in decode_backends(tables)] == ["10.100.2.2"]
+
+
+def test_several_ports_and_services_on_one_vip() -> None:
+    """Ports of one VIP are VIP ports of their own, also when different Services share the address."""
+    topology = Topology(NODE)
+    ports = [vip_port(LOCAL, port=80), vip_port(LOCAL, port=81), vip_port(LOCAL, port=82, name="a/b")]
+    tables = topology.update(cluster(*ports), START)
+    assert sorted(vip.port for vip in decode_vips(tables)) == [80, 81, 82]
+    assert (topology.watched, topology.skipped) == (3, ())
+    assert len(decode_backends(tables)) == 3
+
+
+@pytest.mark.parametrize("transport", [Transport.UDP, Transport.SCTP])
+def test_other_transports_are_skipped(transport: Transport) -> None:
+    """What is not TCP is told as skipped with the reason, and claims no VIP port."""
+    topology = Topology(NODE)
+    other = vip_port(LOCAL, transport=transport)
+    tables = topology.update(cluster(other, vip_port(LOCAL)), START)
+    assert topology.skipped == ((other, f"{transport.name} is not watched by this version"),)
+    assert [vip.transport for vip in decode_vips(tables)] == [6]
+
+
+@pytest.mark.parametrize(
+    ("backends", "zones", "own", "crossed"),
+    [
+        ([REMOTE], {"node1": "zone-a"}, "zone-a", True),
+        ([REMOTE], {"node1": "zone-b"}, "zone-b", False),
+        ([REMOTE], {}, None, None),
+        ([AWAY], {"node1": "zone-a"}, "zone-a", None),
+        ([AWAY], {"node1": "zone-a", "node3": "zone-c"}, "zone-a", True),
+        ([REMOTE], {"node1": "zone-a", "node2": "zone-a"}, "zone-a", True),  # the endpoint's own word counts first
+        ([backend("10.100.1.2", NODE, "zone-a"), REMOTE], {}, "zone-a", True),
+        ([backend("10.100.1.2", NODE, "zone-b"), REMOTE], {"node1": ""}, "zone-b", False),
+    ],
+)
+def test_zones(backends: list[Backend], zones: dict[str, str], own: str | None, crossed: bool | None) -> None:  # noqa: FBT001
+    """This node's zone is its node object's or that of a backend on it; crossing is told only if both are known."""
+    topology = Topology(NODE)
+    tables = topology.update(cluster(vip_port(*backends), **zones), START)
+    assert topology.zone == own
+    assert list(hops_of(topology, tables).values())[-1].zone_crossed is crossed
+
+
+def test_backend_here_crosses_no_zone() -> None:
+    """A backend on this node is in this node's zone, if that is known at all."""
+    topology = Topology(NODE)
+    assert hops_of(topology, topology.update(cluster(vip_port(LOCAL)), START))["10.100.1.2"].zone_crossed is None
+    tables = topology.update(cluster(vip_port(LOCAL), node1="a"), START + SECOND)
+    assert hops_of(topology, tables)["10.100.1.2"].zone_crossed is False
+
+
+@pytest.mark.parametrize(
+    ("backends", "zones", "placement"),
+    [
+        ([], {}, Placement(0, 0, 0)),
+        ([LOCAL, REMOTE, AWAY], {"node1": "zone-a", "node3": "zone-a"}, Placement(1, 1, 1)),
+        ([LOCAL, REMOTE, AWAY], {}, Placement(1, 2, 0)),
+        ([HOMELESS], {"node1": "zone-a"}, Placement(0, 1, 0)),
+        ([backend("10.100.1.2", ready=False), REMOTE], {"node1": "zone-a"}, Placement(0, 0, 1)),
+    ],
+)
+def test_placements(backends: list[Backend], zones: dict[str, str], placement: Placement) -> None:
+    """Ready endpoints are counted by where they are; without zones all that are not here are in the same."""
+    topology = Topology(NODE)
+    topology.update(cluster(vip_port(*backends), **zones), START)
+    assert topology.placements == {1: placement}
+
+
+def test_find_a_backend() -> None:
+    """An endpoint is found by VIP port, address and port; what is gone is not found."""
+    topology = Topology(NODE)
+    topology.update(cluster(vip_port(REMOTE)), START)
+    assert topology.backend(1, REMOTE.address, 8080) == REMOTE
+    assert topology.backend(1, REMOTE.address, 8081) is None
+    assert topology.backend(2, REMOTE.address, 8080) is None
+    topology.update(cluster(vip_port(LOCAL)), START)
+    assert topology.backend(1, REMOTE.address, 8080) is None
+
+
+def test_age() -> None:
+    """The age runs from the last update or confirmation, is 0 before there was one, and is never negative."""
+    topology = Topology(NODE)
+    assert topology.age_ns(START) == 0
+    topology.update(Cluster(), START)
+    assert topology.age_ns(START + 7) == 7
+    topology.confirm(START + 5)
+    assert topology.age_ns(START + 7) == 2
+    assert topology.age_ns(START) == 0
+
+
+_STEPS = st.lists(st.tuples(st.sampled_from([1, 100, 299, 301]), st.booleans(), CLUSTERS), max_size=8)
+
+
+@settings(deadline=None, max_examples=100)
+@given(_STEPS)
+def test_an_id_has_one_identity_for_ever(steps: list[tuple[int, bool, Cluster]]) -> None:
+    """Whatever is updated, no id changes its meaning or is used again, and all that points to a row finds it."""
+    topology, now = Topology(NODE), START
+    vip_rows: dict[int, VipRow] = {}
+    hop_rows: dict[int, HopRow] = {}
+    for seconds, forget, state in steps:
+        now += seconds * SECOND
+        taken = max([0, *vip_rows, *hop_rows])
+        tables = topology.update(state, now)
+        for known, rows in ((vip_rows, topology.vips), (hop_rows, topology.hops)):
+            for row_id, row in rows.by_id.items():
+                # An id is either one that had this identity before or younger than all that were ever taken.
+                assert known.get(row_id) == row if row_id <= taken and row_id in known else row_id > taken
+                assert rows.created_ns[row_id] <= now
+            assert len(set(rows.by_id.values())) == len(rows.by_id)
+            known.update(rows.by_id)  # type: ignore[arg-type]
+        if forget:
+            topology.rows(now)
+        _check_tables(topology, tables, state)
+        kept = topology.rows(now) if forget else None
+        assert kept is None or (tables.vip_ids <= kept.vip_ids and tables.hop_ids <= kept.hop_ids)
+    # A hop row never outlives the VIP port's row that it belongs to.
+    assert {row.vip_id for row in topology.hops.by_id.values()} <= topology.vips.by_id.keys()
+
+
+def _check_tables(topology: Topology, tables: Tables, state: Cluster) -> None:
+    vips, backends = decode_vips(tables), decode_backends(tables)
+    assert topology.watched + len(topology.skipped) == len(state.vip_ports)
+    assert {vip.vip_id for vip in vips} == tables.vip_ids == topology.placements.keys()
+    for vip in vips:
+        row = topology.vips.by_id[vip.vip_id]
+        assert (format_address(row.address), row.port, row.transport) == vip[:3]
+    for (vip_id, _, _), hop_id in backends.items():
+        assert vip_id in tables.vip_ids
+        assert hop_id in tables.hop_ids
+        assert topology.hops.by_id[hop_id].vip_id == vip_id
+    skipped = [each.vip_port for each in topology.skipped]
+    watched: list[VipPort] = list(state.vip_ports)
+    for each in skipped:
+        watched.remove(each)
+    for each in watched:
+        ready = sum(one.ready for one in each.backends)
+        assert any(sum(placement) == ready for placement in topology.placements.values())
+    assert len(backends) == sum(len({(one.address, one.port) for one in each.backends}) for each in watched)
