@@ -47,12 +47,17 @@ struct lbh_match {
 	u64 seen_tag; /* the tag as it was when it matched */
 };
 
-static __always_inline void count_event(int event)
+static __always_inline void count_events(int event, u64 times)
 {
 	u64 *counter = events.lookup(&event);
 
 	if (counter)
-		(*counter)++;
+		*counter += times;
+}
+
+static __always_inline void count_event(int event)
+{
+	count_events(event, 1);
 }
 
 static __always_inline u64 make_tag(u32 isn, u32 state, u64 ns)
@@ -262,8 +267,8 @@ static __always_inline void count_evicted(const struct lbh_handshake *slot, u32 
 }
 
 /*
- * The next three are arithmetic without a branch on purpose: a branch for each way would leave the verifier with a
- * state for each, and it would walk through everything that follows eight times.
+ * The searches below are arithmetic without a branch where they can be: a branch for each way would leave the verifier
+ * with a state for each, and it would walk through everything that follows eight times.
  */
 static __always_inline u64 is_zero(u64 value)
 {
@@ -357,36 +362,43 @@ static __always_inline bool find_handshake(struct lbh_match *match, u32 isn, con
 }
 
 /*
- * The youngest entry that waits for its translation under this packet's ISN. A packet that still goes to the entry's
- * VIP was bridged or routed on as it came: not its translation.
+ * The youngest entry that waits for its translation under this packet's ISN. A packet that still goes to an entry's
+ * VIP is not that entry's translation; if it is also from that entry's client, it was bridged or routed on as it came,
+ * and is nobody's.
  */
 static __always_inline bool find_untranslated(struct lbh_match *match, const struct lbh_packet *packet)
 {
 	u32 isn = packet->sequence;
 	u32 n, best = 0, ways = ways_with(match->tags, isn);
-	u64 youngest_ns = 0;
+	u64 youngest_ns = 0, waiting = 0, late = 0, fits;
+	s64 over, younger;
 
 #pragma clang loop unroll(disable)
 	for (n = 0; n < LBH_WAYS && ways; n++, ways &= ways - 1) {
 		u32 way = lowest_way(ways), state = tag_state(match->tags->ways[way]);
 		struct lbh_handshake *slot = slot_of(match->bucket, way);
 
-		if (!slot ||
-		    (slot->vip_port == packet->destination_port && same_address(&slot->vip, &packet->destination)))
+		if (!slot)
 			continue;
-		if (state == LBH_UNANSWERED && !slot->forward_ns)
-			count_event(LBH_LATE);
-		if (state != LBH_SEEN)
+		if (slot->vip_port == packet->destination_port && same_address(&slot->vip, &packet->destination)) {
+			if (slot->client_port == packet->source_port && same_address(&slot->client, &packet->source))
+				return false;
 			continue;
-		if (youngest_ns)
-			count_event(LBH_ISN_SHARED);
-		if (slot->syn_ns >= youngest_ns) {
-			youngest_ns = slot->syn_ns;
-			best = way;
 		}
+		late += is_zero(state ^ LBH_UNANSWERED) & is_zero(slot->forward_ns);
+		fits = is_zero(state ^ LBH_SEEN);
+		waiting += fits;
+		over = (slot->syn_ns & -fits) - youngest_ns;
+		younger = ~(over >> 63);
+		youngest_ns += over & younger;
+		best = (best & ~younger) | (way & younger);
 	}
-	if (!youngest_ns)
+	if (late)
+		count_events(LBH_LATE, late);
+	if (!waiting)
 		return false;
+	if (waiting > 1)
+		count_events(LBH_ISN_SHARED, waiting - 1);
 	match->tag = &match->tags->ways[best & (LBH_WAYS - 1)];
 	match->seen_tag = *match->tag;
 	match->slot = slot_of(match->bucket, best & (LBH_WAYS - 1));
@@ -459,31 +471,35 @@ static __always_inline void syn_out(struct __sk_buff *skb, const struct lbh_sett
 	struct lbh_match match = {};
 	struct lbh_handshake *slot;
 	struct lbh_hop_stats *stats;
-	u32 *known, origin;
-	u64 now;
+	u32 *known, hop_id, origin;
+	u64 now, filling, took_ns;
 
 	if (!find_bucket(&match, config, packet->sequence))
 		return;
 	if (!find_untranslated(&match, packet))
 		return;
 	slot = match.slot;
-	if (!swap_tag(match.tag, match.seen_tag, with_state(match.seen_tag, LBH_FORWARDED)))
+	/* Claimed while it is written, so that neither a sweep nor an eviction sees half of it. */
+	filling = with_state(match.seen_tag, LBH_BUSY);
+	if (!swap_tag(match.tag, match.seen_tag, filling))
 		return;
 	now = bpf_ktime_get_ns();
 	key.vip_id = slot->vip_id;
 	known = backends.lookup(&key);
-	slot->hop_id = known ? *known : slot->vip_id;
+	slot->hop_id = hop_id = known ? *known : slot->vip_id;
 	slot->forward_ns = now;
 	slot->snat = packet->source;
 	slot->snat_port = packet->source_port;
 	slot->backend = packet->destination;
 	slot->backend_port = packet->destination_port;
 	slot->out_ifindex = skb->ifindex;
-	stats = hop_stats_of(slot->hop_id);
 	origin = slot->origin;
+	took_ns = now - slot->syn_ns;
+	swap_tag(match.tag, filling, with_state(filling, LBH_FORWARDED));
+	stats = hop_stats_of(hop_id);
 	if (stats && origin < LBH_ORIGINS) {
 		stats->forwarded[origin]++;
-		observe(&stats->forward, now - slot->syn_ns);
+		observe(&stats->forward, took_ns);
 	}
 }
 

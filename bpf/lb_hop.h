@@ -170,7 +170,7 @@ struct lbh_record {
 	u64 trace_high;
 	u64 trace_low;
 	u64 syn_ns;
-	u64 forward_ns; /* 0: the translated SYN was not seen */
+	u64 forward_ns; /* 0: the translated SYN was not seen; snat, backend and their ports mean nothing then */
 	u64 end_ns;	/* SYN-ACK or RST out; else the time of the verdict */
 	struct lbh_address client;
 	struct lbh_address snat;
@@ -204,9 +204,9 @@ enum lbh_event {
 	LBH_RECORD_RATE,       /* over the rate */
 	LBH_RECORD_RING_FULL,  /* the agent did not keep up */
 	LBH_RECORD_NO_VERDICT, /* the handshake table had to make room, or the agent ended, before the verdict */
-	LBH_TRUNCATED,	       /* TCP by its IP header, but no whole TCP header */
+	LBH_TRUNCATED,	       /* ends within a VLAN tag, an IP header or a TCP header */
 	LBH_FRAGMENT,	       /* a later fragment of TCP: no TCP header in it */
-	LBH_EXTENSION,	       /* more or longer IPv6 extension headers than are followed */
+	LBH_EXTENSION,	       /* more VLAN tags, or more or longer IPv6 extension headers, than are followed */
 	LBH_ISN_SHARED,	       /* two untranslated connections with one ISN: the younger was taken */
 	LBH_NO_SLOT,	       /* all slots of a bucket were being filled: a connection counted, but not followed */
 	LBH_LATE,	       /* translated or answered after the verdict */

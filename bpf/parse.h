@@ -169,11 +169,13 @@ static __always_inline int lbh_parse(struct __sk_buff *skb, bool ethernet, struc
 				break;
 			tag = lbh_header(skb, offset, &copy, sizeof(copy));
 			if (!tag)
-				return LBH_OTHER;
+				return LBH_PARSE_TRUNCATED;
 			ethertype = tag->ethertype;
 			offset += sizeof(*tag);
 		}
 	}
+	if (ethertype == bpf_htons(ETH_P_8021Q) || ethertype == bpf_htons(ETH_P_8021AD))
+		return LBH_PARSE_EXTENSION;
 	if (ethertype == bpf_htons(ETH_P_IP))
 		return lbh_parse_ipv4(skb, offset, packet);
 	if (ethertype == bpf_htons(ETH_P_IPV6))

@@ -1,0 +1,63 @@
+"""Loads the programs once for all tests of a worker, and keeps every test in a network namespace of its own."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from otel_lb_hop.kernel.loader import Loaded, Sizes, load
+from tests.kernel.rig import Namespace, Rig
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def _close(loaded: Loaded) -> None:
+    maps = (loaded.vip_ports, loaded.backends, loaded.vip_stats, loaded.hop_stats, loaded.uplinks)
+    fds = [each.fd for each in (*maps, loaded.settings, loaded.events)]
+    for fd in (*loaded.programs.values(), *fds, loaded.records_fd):
+        os.close(fd)
+
+
+@pytest.fixture(scope="session")
+def namespace() -> Iterator[Namespace]:
+    """Make the namespace whose interfaces the packets pass."""
+    made = Namespace()
+    yield made
+    made.close()
+
+
+def _rig(sizes: Sizes, namespace: Namespace) -> Iterator[Rig]:
+    loaded = load(sizes)
+    made = Rig(loaded, namespace)
+    yield made
+    made.close()
+    _close(loaded)
+
+
+@pytest.fixture(scope="session")
+def _wide(namespace: Namespace) -> Iterator[Rig]:
+    yield from _rig(Sizes(table_buckets=128, ring_pages=64), namespace)
+
+
+@pytest.fixture(scope="session")
+def _narrow(namespace: Namespace) -> Iterator[Rig]:
+    yield from _rig(Sizes(vip_ports=8, backends=8, hops=16, uplinks=2, table_buckets=1, ring_pages=1), namespace)
+
+
+@pytest.fixture
+def rig(_wide: Rig) -> Iterator[Rig]:
+    """Give a test programs with room for 1,024 handshakes and 2,047 records, and nothing in them."""
+    with _wide.namespace.entered():
+        _wide.reset()
+        yield _wide
+
+
+@pytest.fixture
+def narrow(_narrow: Rig) -> Iterator[Rig]:
+    """Give a test programs with room for 8 handshakes and 31 records, and nothing in them."""
+    with _narrow.namespace.entered():
+        _narrow.reset()
+        yield _narrow

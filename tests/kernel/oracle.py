@@ -1,0 +1,305 @@
+"""What the programs have to do, said again in Python from the RFCs and the contract in bpf/lb_hop.h.
+
+`parse` tells what a packet is; `Model` counts packets as a node would whose handshake table never fills. Neither
+is a translation of the C: it reads front to back over the bytes that are there, with exceptions for what is not.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import NamedTuple
+
+from otel_lb_hop.core.layout import Event, OriginCode, Unforwarded, Verdict
+from otel_lb_hop.model import MAPPED_PREFIX
+
+FIN, SYN, RST, PSH, ACK, URG, ECE, CWR = (1 << bit for bit in range(8))
+
+ETHERNET = 14
+IPV4, IPV6, CTAG, STAG = 0x0800, 0x86DD, 0x8100, 0x88A8  # IEEE 802 numbers; 802.1Q for the tags
+TCP, HOP_BY_HOP, ROUTING, FRAGMENT, AUTHENTICATION, DESTINATION = 6, 0, 43, 44, 51, 60  # IANA protocol numbers
+EXTENSIONS = {HOP_BY_HOP, ROUTING, FRAGMENT, AUTHENTICATION, DESTINATION}
+
+TAGS_FOLLOWED = 2
+EXTENSIONS_FOLLOWED = 6
+FARTHEST = 4096
+"""Headers beginning further into the packet are not looked at (LBH_MAX_OFFSET)."""
+
+SAME_PACKET_NS = 200_000_000
+
+
+class Kind(Enum):
+    """What a packet is to the programs."""
+
+    HANDSHAKE = auto()
+    OTHER = auto()
+    TRUNCATED = auto()
+    FRAGMENT = auto()
+    EXTENSION = auto()
+
+
+EVENT_OF = {Kind.TRUNCATED: Event.TRUNCATED, Kind.FRAGMENT: Event.FRAGMENT, Kind.EXTENSION: Event.EXTENSION}
+
+
+class Segment(NamedTuple):
+    """The handshake fields of a TCP segment with SYN or RST."""
+
+    source: bytes
+    source_port: int
+    destination: bytes
+    destination_port: int
+    sequence: int
+    acknowledgment: int
+    flags: int
+
+
+class _CutError(Exception):
+    """The packet ends before the header does."""
+
+
+class _Reader:
+    """Takes headers off the front of a packet."""
+
+    def __init__(self, packet: bytes) -> None:
+        self.rest = packet
+        self.offset = 0
+
+    def need(self, size: int) -> bytes:
+        if len(self.rest) < size:
+            raise _CutError
+        return self.rest[:size]
+
+    def take(self, size: int) -> None:
+        """Step over a header; what it claims may reach behind the end, and is then missed by the next one."""
+        self.rest = self.rest[size:]
+        self.offset += size
+
+
+def parse(packet: bytes, *, ethernet: bool, protocol: int = 0) -> Kind | Segment:
+    """Tell what a packet is. `protocol` is the EtherType in the skb, which counts where there is no Ethernet header.
+
+    The bytes that are there count, not the length that the IP header claims: the programs run before the stack
+    has looked at it.
+    """
+    reader = _Reader(packet)
+    if ethernet and len(packet) < ETHERNET:
+        return Kind.OTHER
+    try:
+        if ethernet:
+            protocol = _ethertype(reader)
+            if protocol in {CTAG, STAG}:
+                return Kind.EXTENSION
+        if protocol == IPV4:
+            return _ipv4(reader)
+        if protocol == IPV6:
+            return _ipv6(reader)
+    except _CutError:
+        return Kind.TRUNCATED
+    return Kind.OTHER
+
+
+def _ethertype(reader: _Reader) -> int:
+    ethertype = int.from_bytes(reader.need(ETHERNET)[12:], "big")
+    reader.take(ETHERNET)
+    for _ in range(TAGS_FOLLOWED):
+        if ethertype in {CTAG, STAG}:
+            ethertype = int.from_bytes(reader.need(4)[2:], "big")
+            reader.take(4)
+    return ethertype
+
+
+def _ipv4(reader: _Reader) -> Kind | Segment:
+    """RFC 791, 3.1."""
+    header = reader.need(20)
+    version, words = header[0] >> 4, header[0] & 15
+    if version != 4 or words < 5 or header[9] != TCP:
+        return Kind.OTHER
+    if int.from_bytes(header[6:8], "big") & 0x1FFF:
+        return Kind.FRAGMENT
+    reader.take(words * 4)
+    return _tcp(reader, MAPPED_PREFIX + header[12:16], MAPPED_PREFIX + header[16:20])
+
+
+def _ipv6(reader: _Reader) -> Kind | Segment:
+    """RFC 8200, 3 and 4."""
+    header = reader.need(40)
+    if header[0] >> 4 != 6:
+        return Kind.OTHER
+    source, destination, following = header[8:24], header[24:40], header[6]
+    reader.take(40)
+    for followed in range(EXTENSIONS_FOLLOWED + 1):
+        if following != TCP and following not in EXTENSIONS:
+            return Kind.OTHER
+        if reader.offset > FARTHEST:
+            return Kind.EXTENSION
+        if following == TCP:
+            return _tcp(reader, source, destination)
+        if followed == EXTENSIONS_FOLLOWED:
+            break
+        extension = reader.need(8)
+        if following == FRAGMENT:
+            if int.from_bytes(extension[2:4], "big") >> 3:
+                # What a later fragment holds is told by the header that the fragmented part began with.
+                return Kind.FRAGMENT if extension[0] == TCP else Kind.OTHER
+            reader.take(8)
+        elif following == AUTHENTICATION:
+            reader.take((extension[1] + 2) * 4)  # RFC 4302, 2.2: words minus two
+        else:
+            reader.take((extension[1] + 1) * 8)  # RFC 8200, 4.3: eights beyond the first
+        following = extension[0]
+    return Kind.EXTENSION
+
+
+def _tcp(reader: _Reader, source: bytes, destination: bytes) -> Kind | Segment:
+    """RFC 9293, 3.1."""
+    header = reader.need(20)
+    flags = header[13]
+    if not flags & (SYN | RST):
+        return Kind.OTHER
+    numbers = [int.from_bytes(header[start:end], "big") for start, end in ((0, 2), (2, 4), (4, 8), (8, 12))]
+    return Segment(source, numbers[0], destination, numbers[1], numbers[2], numbers[3], flags)
+
+
+class _State(Enum):
+    SEEN = auto()
+    FORWARDED = auto()
+    UNANSWERED = auto()
+    SETTLED = auto()
+
+
+@dataclass
+class _Handshake:
+    vip_id: int
+    hop_id: int
+    vip: tuple[bytes, int]
+    origin: OriginCode
+    unforwarded: Unforwarded
+    interface: int
+    last_ns: int
+    state: _State = _State.SEEN
+    translated: bool = False
+    retransmits: int = 0
+
+
+_Tuple = tuple[int, bytes, int, bytes, int]
+"""ISN, client, client port, VIP, VIP port."""
+
+
+@dataclass
+class Model:
+    """Counts packets: VIP ports as (address, port) → (id, reason), backends as (id, address, port) → row."""
+
+    vips: dict[tuple[bytes, int], tuple[int, Unforwarded]]
+    backends: dict[tuple[int, bytes, int], int]
+    uplinks: frozenset[int]
+    connections: Counter[tuple[int, OriginCode]] = field(default_factory=Counter)
+    unforwarded: Counter[tuple[int, OriginCode, Unforwarded]] = field(default_factory=Counter)
+    retransmits: Counter[int] = field(default_factory=Counter)
+    forwarded: Counter[tuple[int, OriginCode]] = field(default_factory=Counter)
+    verdicts: Counter[tuple[int, Verdict]] = field(default_factory=Counter)
+    evicted: Counter[int] = field(default_factory=Counter)
+    measured_forward: Counter[int] = field(default_factory=Counter)
+    events: Counter[Event] = field(default_factory=Counter)
+    told: list[tuple[int, Verdict, int]] = field(default_factory=list)
+    """ISN, verdict and retransmits of every record, in order."""
+    _handshakes: dict[_Tuple, _Handshake] = field(default_factory=dict)
+
+    def incoming(self, packet: Kind | Segment, interface: int, now_ns: int) -> None:
+        """Take a packet that comes in by an interface."""
+        if not self._is_handshake(packet):
+            return
+        assert isinstance(packet, Segment)
+        vip = packet.destination, packet.destination_port
+        if packet.flags & (SYN | ACK | RST | FIN) != SYN or vip not in self.vips:
+            return
+        vip_id, reason = self.vips[vip]
+        key = (packet.sequence, packet.source, packet.source_port, *vip)
+        known = self._handshakes.get(key)
+        if known is None:
+            origin = OriginCode.EXTERNAL if interface in self.uplinks else OriginCode.INTERNAL
+            self._handshakes[key] = _Handshake(vip_id, vip_id, vip, origin, reason, interface, now_ns)
+            self.connections[vip_id, origin] += 1
+            return
+        if interface == known.interface or now_ns - known.last_ns > SAME_PACKET_NS:
+            known.retransmits += 1
+            self.retransmits[vip_id] += 1
+        known.last_ns = now_ns
+
+    def outgoing(self, packet: Kind | Segment) -> None:
+        """Take a packet that leaves."""
+        if not self._is_handshake(packet):
+            return
+        assert isinstance(packet, Segment)
+        flags = packet.flags & (SYN | ACK | RST | FIN)
+        if flags == SYN:
+            self._leaves(packet)
+        elif flags in {SYN | ACK, RST | ACK}:
+            self._answered(packet, refused=bool(flags & RST))
+
+    def age(self, ns: int) -> None:
+        """Let every handshake be so much older."""
+        for each in self._handshakes.values():
+            each.last_ns -= ns
+
+    def sweep(self, *, early: bool) -> None:
+        """Give the verdict over all that is still open; early: before a client would have sent its SYN again."""
+        for key, each in self._handshakes.items():
+            if each.state is _State.SEEN:
+                self._never_forwarded(key[0], each)
+            elif each.state is _State.FORWARDED and early and not each.retransmits:
+                self.evicted[each.hop_id] += 1
+                self.events[Event.RECORD_NO_VERDICT] += 1
+            elif each.state is _State.FORWARDED:
+                verdict = Verdict.TIMEOUT if each.retransmits else Verdict.REPLY_UNSEEN
+                self.verdicts[each.hop_id, verdict] += 1
+                self.told.append((key[0], verdict, each.retransmits))
+            if each.state in {_State.SEEN, _State.FORWARDED}:
+                each.state = _State.UNANSWERED
+
+    def _is_handshake(self, packet: Kind | Segment) -> bool:
+        if isinstance(packet, Segment):
+            return True
+        if packet in EVENT_OF:
+            self.events[EVENT_OF[packet]] += 1
+        return False
+
+    def _leaves(self, packet: Segment) -> None:
+        target = packet.destination, packet.destination_port
+        if (packet.sequence, packet.source, packet.source_port, *target) in self._handshakes:
+            return  # routed on as it came
+        # What leaves for a VIP is not its own entries' translation. With one ISN for several, each entry is told of.
+        same = [each for key, each in self._handshakes.items() if key[0] == packet.sequence and each.vip != target]
+        waiting = [each for each in same if each.state is _State.SEEN]
+        self.events[Event.LATE] += sum(each.state is _State.UNANSWERED and not each.translated for each in same)
+        self.events[Event.ISN_SHARED] += max(0, len(waiting) - 1)
+        if not waiting:
+            return
+        youngest = waiting[-1]  # a dict keeps the order of insertion
+        youngest.state, youngest.translated = _State.FORWARDED, True
+        youngest.hop_id = self.backends.get((youngest.vip_id, *target), youngest.vip_id)
+        self.forwarded[youngest.hop_id, youngest.origin] += 1
+        self.measured_forward[youngest.hop_id] += 1
+
+    def _answered(self, packet: Segment, *, refused: bool) -> None:
+        isn = packet.acknowledgment - 1 & 0xFFFFFFFF
+        key = isn, packet.destination, packet.destination_port, packet.source, packet.source_port
+        known = self._handshakes.get(key)
+        if known is None or known.state is _State.SETTLED:
+            return
+        if known.state is _State.UNANSWERED:
+            self.events[Event.LATE] += not refused
+            return
+        if refused and known.state is _State.SEEN:
+            self._never_forwarded(isn, known)
+        else:
+            verdict = Verdict.REFUSED if refused else Verdict.ANSWERED
+            if known.state is _State.SEEN:
+                self.forwarded[known.hop_id, known.origin] += 1
+            self.verdicts[known.hop_id, verdict] += 1
+            self.told.append((isn, verdict, known.retransmits))
+        known.state = _State.SETTLED
+
+    def _never_forwarded(self, isn: int, known: _Handshake) -> None:
+        self.unforwarded[known.vip_id, known.origin, known.unforwarded] += 1
+        self.told.append((isn, Verdict(Verdict.DROPPED + known.unforwarded), known.retransmits))

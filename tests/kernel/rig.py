@@ -1,0 +1,290 @@
+"""A test's hold on the loaded programs: a network namespace of its own, packets in, counters and records out.
+
+How BPF_PROG_TEST_RUN treats what it is given (net/bpf/test_run.c), found out on Linux 6.18:
+- The context may carry `ifindex`, of an interface in the caller's network namespace (any other is ENODEV); skb->dev
+  is then that device, lo without it. `protocol` must be zero: it comes from bytes 12 and 13 (see packets.py).
+- The data of a tc program begins at the first byte given. Less than 14 bytes are refused, and so is a packet whose
+  EtherType says IP when no whole IP header follows those 14 bytes; behind a VLAN tag it is let through.
+- The skb is always linear.
+What it cannot do is done on real devices in test_devices.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import struct
+import subprocess
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+from otel_lb_hop.core.layout import Event, Settings
+from otel_lb_hop.core.topology import Topology
+from otel_lb_hop.kernel import bpf
+from otel_lb_hop.kernel.bpf import Map, run_program
+from otel_lb_hop.kernel.ring import Ring
+from otel_lb_hop.kernel.tables import KernelTables
+from otel_lb_hop.model import Backend, Cluster, Node, Policy, Transport, VipPort
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from otel_lb_hop.core.layout import HopStats, Record, VipStats
+    from otel_lb_hop.kernel.loader import Loaded
+    from otel_lb_hop.kernel.tables import Snapshot
+    from tests.kernel.packets import End
+
+UNSPEC = 0xFFFFFFFF
+"""TC_ACT_UNSPEC (-1) as BPF_PROG_TEST_RUN returns it."""
+CLONE_NEWNET = 0x40000000
+BPF_MAP_GET_FD_BY_ID = 14
+WAYS = 8
+"""LBH_WAYS: handshakes in a bucket."""
+FIRST_RETRANSMIT_NS = 1_200_000_000
+"""By this age a client that has heard nothing has sent its SYN again (LBH_FIRST_RETRANSMIT_NS)."""
+NODE = "node1"
+EVERYTHING = Settings(
+    hash_seed=0x5EED, verdict_after_ns=0, reject_below=0, record_interval_ns=1, record_burst_ns=1 << 62
+)
+"""Settings that send every record and give every verdict at the next sweep."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _check(result: int) -> None:
+    if result != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+class Namespace:
+    """A network namespace without a name: it is gone with its descriptor, however the tests end.
+
+    It has two pairs of interfaces: uplink and pod are what packets pass, their peers are far_uplink and far_pod.
+    """
+
+    def __init__(self) -> None:
+        failed: list[BaseException] = []
+        thread = threading.Thread(target=self._make, args=(failed,))
+        thread.start()
+        thread.join()
+        if failed:
+            raise failed[0]
+        with self.entered():
+            commands = (
+                "link add uplink type veth peer name far_uplink\n"
+                "link add pod type veth peer name far_pod\n"
+                "link set uplink mtu 9000 up\nlink set far_uplink mtu 9000 up\n"
+            )
+            subprocess.run(["ip", "-batch", "-"], input=commands, text=True, check=True)
+            self.uplink, self.pod, self.far_uplink = map(socket.if_nametoindex, ("uplink", "pod", "far_uplink"))
+
+    def _make(self, failed: list[BaseException]) -> None:
+        # In a thread that ends: nobody is left in there by accident.
+        try:
+            _check(_libc.unshare(CLONE_NEWNET))
+            self.fd = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            failed.append(error)
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Put the calling thread into the namespace for the length of a block."""
+        home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _check(_libc.setns(self.fd, CLONE_NEWNET))
+            yield
+        finally:
+            _check(_libc.setns(home, CLONE_NEWNET))
+            os.close(home)
+
+    def close(self) -> None:
+        """Let go of it, and of its interfaces."""
+        os.close(self.fd)
+
+
+class Marked(NamedTuple):
+    """The ids that the topology gave out: the VIP port's, and of each of its hop rows by (hop, node)."""
+
+    vip_id: int
+    hops: dict[tuple[str, str | None], int]
+
+
+class Rig:
+    """Runs packets through the programs and reads what came of it."""
+
+    def __init__(self, loaded: Loaded, namespace: Namespace) -> None:
+        self.loaded = loaded
+        self.namespace = namespace
+        self.uplink, self.pod, self.peer = namespace.uplink, namespace.pod, namespace.far_uplink
+        self.ring = Ring(loaded.records_fd, loaded.sizes.ring_pages)
+        inner = _maps_of(loaded.programs["lbh_sweep"])
+        self._inner_fds = list(inner.values())
+        sizes = loaded.sizes
+        self.handshakes = Map(inner["handshakes"], 4, 128)
+        self.tags = Map(inner["handshake_tags"], 4, 8 * WAYS)
+        self._record_due = Map(inner["record_due_ns"], 4, 8)
+        self._cursor = Map(inner["sweep_cursor"], 4, 4)
+        self._buckets = [number.to_bytes(4, "little") for number in range(sizes.table_buckets)]
+        self.topology = Topology(NODE)
+        self.tables = KernelTables(loaded)
+
+    def close(self) -> None:
+        """Unmap the ring, close what is open here."""
+        self.ring.close()
+        for fd in self._inner_fds:
+            os.close(fd)
+
+    def reset(self, settings: Settings = EVERYTHING) -> None:
+        """Make everything as it was when the programs were loaded; the uplink is one."""
+        self.forget()
+        zero = bytes(4)
+        self._record_due.put(zero, b"")
+        self._cursor.put(zero, b"")
+        loaded = self.loaded
+        for table in (loaded.vip_ports, loaded.backends, loaded.vip_stats, loaded.hop_stats, loaded.uplinks):
+            for key in list(table.keys()):
+                table.delete(key)
+        for event in Event:
+            loaded.events.put(struct.pack("=I", event), b"")
+        while self.records():
+            pass
+        self.topology = Topology(NODE)
+        self.tables = KernelTables(loaded)
+        self.tables.set_uplinks(frozenset({self.uplink}))
+        self.tables.set_settings(settings)
+
+    def forget(self) -> None:
+        """Empty the handshake table."""
+        for key in self._buckets:
+            self.tags.put(key, b"")
+
+    def serve(self, *vip_ports: VipPort) -> list[Marked]:
+        """Tell the kernel about VIP ports, through topology and tables as the agent does."""
+        nodes = (Node(NODE, "a"), Node("node2", "b"))
+        self.tables.apply(self.topology.update(Cluster(vip_ports, nodes), 1))
+        marked = []
+        for vip_port in vip_ports:
+            rows = self.topology.vips.by_id.items()
+            # A change of policy makes a new row; the old one is kept for a while.
+            vip_id = max(n for n, row in rows if (row.address, row.port) == (vip_port.address, vip_port.port))
+            hops = self.topology.hops.by_id.items()
+            marked.append(
+                Marked(vip_id, {(str(row.hop), row.node): number for number, row in hops if row.vip_id == vip_id})
+            )
+        return marked
+
+    def run(self, program: str, packet: bytes, interface: int = 0, repeat: int = 1) -> None:
+        """Run a program on a packet that passes an interface; it must let it go on unchanged."""
+        context = struct.pack("=40xI", interface) if interface else b""
+        result, after, _ = run_program(self.loaded.programs[program], packet, repeat, context)
+        assert result == UNSPEC
+        assert after == packet
+
+    def into(self, packet: bytes, interface: int | None = None, *, ethernet: bool = True, repeat: int = 1) -> None:
+        """Let a packet come in, by the uplink if not told otherwise."""
+        name = "lbh_ingress" if ethernet else "lbh_ingress_l3"
+        self.run(name, packet, self.uplink if interface is None else interface, repeat)
+
+    def out(self, packet: bytes, interface: int | None = None, *, ethernet: bool = True, repeat: int = 1) -> None:
+        """Let a packet leave, towards the pods if not told otherwise."""
+        name = "lbh_egress" if ethernet else "lbh_egress_l3"
+        self.run(name, packet, self.pod if interface is None else interface, repeat)
+
+    def sweep(self) -> None:
+        """Let the sweep pass over every bucket once."""
+        self.run("lbh_sweep", bytes(14), repeat=len(self._buckets))
+
+    def age(self, ns: int) -> None:
+        """Let every handshake in the table be so much older; its tag stays."""
+        for bucket, key in enumerate(self._buckets):
+            tags = self.tags.get(key)
+            if tags is None or not any(tags):
+                continue
+            for number in range(bucket * WAYS, bucket * WAYS + WAYS):
+                slot = struct.pack("=I", number)
+                raw = self.handshakes.get(slot)
+                assert raw is not None
+                first, last = struct.unpack_from("=QQ", raw)
+                if first:
+                    self.handshakes.put(slot, struct.pack("=QQ", first - ns, last - ns) + raw[16:])
+
+    def snapshot(self) -> Snapshot:
+        """Read all counters."""
+        return self.tables.snapshot()
+
+    def vip(self, vip_id: int) -> VipStats:
+        """Read the row of a VIP port."""
+        return self.snapshot().vips[vip_id]
+
+    def hop(self, hop_id: int) -> HopStats:
+        """Read a hop row."""
+        return self.snapshot().hops[hop_id]
+
+    def event(self, event: Event) -> int:
+        """Read one event counter."""
+        return self.tables.events()[event]
+
+    def records(self, limit: int = 1 << 20) -> list[Record]:
+        """Take the records that wait in the ring."""
+        return list(self.ring.drain(limit))
+
+
+def _maps_of(program_fd: int) -> dict[str, int]:
+    """Open the maps of a program by their names: also those that the agent has no business with."""
+    ids = (ctypes.c_uint32 * 32)()
+    info = ctypes.create_string_buffer(64)
+    struct.pack_into("=IQ", info, 52, len(ids), ctypes.addressof(ids))  # struct bpf_prog_info
+    _information(program_fd, info)
+    (count,) = struct.unpack_from("=I", info, 52)
+    found = {}
+    for number in ids[:count]:
+        fd = bpf._bpf(BPF_MAP_GET_FD_BY_ID, struct.pack("=I", number))
+        described = ctypes.create_string_buffer(40)
+        _information(fd, described)  # struct bpf_map_info
+        found[described.raw[24:40].rstrip(b"\0").decode()] = fd
+    return found
+
+
+def _information(fd: int, info: ctypes.Array[ctypes.c_char]) -> None:
+    bpf._bpf(bpf._OBJ_GET_INFO_BY_FD, struct.pack("=IIQ", fd, len(info), ctypes.addressof(info)))
+
+
+def vip_port(
+    vip: End, *backends: tuple[End, str | None], policy: Policy = Policy.CLUSTER, ready: bool = True
+) -> VipPort:
+    """Make a VIP port with backends, each with its node."""
+    return VipPort(
+        vip.address,
+        vip.port,
+        Transport.TCP,
+        "default",
+        f"service-{vip.port}",
+        policy,
+        tuple(Backend(end.address, end.port, node, ready=ready) for end, node in backends),
+    )
+
+
+def in_threads(*works: Callable[[], None]) -> None:
+    """Run each work in a thread of its own, pinned to a CPU of its own, and raise what any of them raises."""
+    failed: list[BaseException] = []
+    cpus = sorted(os.sched_getaffinity(0))
+
+    def pinned(cpu: int, work: Callable[[], None]) -> None:
+        try:
+            os.sched_setaffinity(threading.get_native_id(), {cpu})
+            work()
+        except BaseException as error:  # noqa: BLE001 - raised in the test
+            failed.append(error)
+
+    threads = [
+        threading.Thread(target=pinned, args=(cpus[number % len(cpus)], work)) for number, work in enumerate(works)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise failed[0]

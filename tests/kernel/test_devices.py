@@ -1,0 +1,216 @@
+"""What a test run cannot do: packets on real devices, cut inside the IP header, with page fragments, without Ethernet.
+
+The programs are attached by tcx, so these tests need Linux 6.6.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import struct
+import subprocess
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from otel_lb_hop.core.layout import OriginCode
+from otel_lb_hop.kernel import bpf
+from tests.kernel.oracle import CTAG, EVENT_OF, STAG, Kind, Segment, parse
+from tests.kernel.packets import ethernet
+from tests.kernel.requirements import needs_kernel
+from tests.kernel.test_parser import CHAINS, PACKETS, Watched, syn4, syn6
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tests.kernel.rig import Rig
+
+pytestmark = [pytest.mark.root, needs_kernel]
+
+TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 1, 0x1000
+SOL_PACKET, PACKET_VNET_HDR = 263, 15
+SMALLEST_WITH_FRAGMENTS = 4096
+"""packet_snd makes page fragments only of packets of a page and more."""
+
+
+@contextmanager
+def attached(rig: Rig, program: str, interface: int) -> Iterator[None]:
+    """Attach a program to an interface for the length of a block."""
+    kind = bpf.BPF_TCX_INGRESS if "ingress" in program else bpf.BPF_TCX_EGRESS
+    try:
+        link = bpf.attach_tcx(rig.loaded.programs[program], interface, kind)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            pytest.skip("attaching needs tcx: Linux 6.6 or later")
+        raise
+    try:
+        yield
+    finally:
+        os.close(link)
+
+
+@contextmanager
+def sender(interface: str, *, linear: int = 0) -> Iterator[Callable[[bytes], None]]:
+    """Open a way to put frames on an interface; with `linear`, only so many bytes of each are in its linear part."""
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as channel:
+        channel.bind((interface, 0))
+        header = b""
+        if linear:
+            channel.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
+            header = struct.pack("=BBHHHH", 0, 0, linear, 0, 0, 0)
+
+        def send(frame: bytes) -> None:
+            channel.send(header + frame)
+
+        yield send
+
+
+class Tun:
+    """A device without Ethernet header; what is written to it comes in by it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
+        fcntl.ioctl(self.fd, TUNSETIFF, struct.pack("16sH22x", name.encode(), IFF_TUN | IFF_NO_PI))
+        subprocess.run(["ip", "link", "set", name, "mtu", "9000", "up"], check=True)
+        self.index = socket.if_nametoindex(name)
+
+    def write(self, packet: bytes) -> None:
+        """Let a packet come in."""
+        os.write(self.fd, packet)
+
+    def close(self) -> None:
+        """Take the device away."""
+        os.close(self.fd)
+
+
+@pytest.fixture
+def watched(rig: Rig) -> Watched:
+    """Give a test two VIP ports without backends."""
+    return Watched(rig)
+
+
+@pytest.fixture
+def tun(rig: Rig) -> Iterator[Tun]:
+    """Give a test a tunnel device that is an uplink."""
+    if not Path("/dev/net/tun").exists():
+        pytest.skip("this machine has no /dev/net/tun")
+    made = Tun("tunnel")
+    rig.tables.set_uplinks(frozenset({rig.uplink, made.index}))
+    yield made
+    made.close()
+
+
+def settle(watched: Watched) -> None:
+    """Wait until the packets that were sent have come in, and compare."""
+    until = time.monotonic() + 2
+    expected = sum(watched.connections.values()) + sum(watched.events.values())
+    while time.monotonic() < until:
+        snapshot = watched.rig.snapshot()
+        seen = sum(row.connections[OriginCode.EXTERNAL] for row in snapshot.vips.values())
+        if seen + sum(snapshot.events[event] for event in watched.events) >= expected:
+            break
+        time.sleep(0.001)
+    watched.compare()
+
+
+NAMES = ["v4", "v4-most-options", "v4-udp", "v6-plain", "v6-hop", "v6-all", "v6-udp"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cut_at_every_byte(watched: Watched, name: str) -> None:
+    """Untagged frames cut at any byte, inside the IP header too, come in on a veth as the oracle says."""
+    size = len(ethernet(PACKETS[name]()))
+    with attached(watched.rig, "lbh_ingress", watched.rig.uplink), sender("far_uplink") as send:
+        for end in range(15, size + 1):
+            frame = ethernet(PACKETS[name]())[:end]
+            watched.note(frame)
+            send(frame)
+        settle(watched)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cut_on_a_tunnel(watched: Watched, tun: Tun, name: str) -> None:
+    """Packets without Ethernet header, cut at any byte, come in on a tunnel as the oracle says."""
+    protocol = 0x0800 if name.startswith("v4") else 0x86DD
+    with attached(watched.rig, "lbh_ingress_l3", tun.index):
+        for end in range(1, len(PACKETS[name]()) + 1):
+            packet = PACKETS[name]()[:end]
+            watched.note(packet, ethernet=False, protocol=protocol)
+            tun.write(packet)
+        settle(watched)
+
+
+def test_leaves_by_a_tunnel(watched: Watched, tun: Tun) -> None:
+    """Packets without Ethernet header leave as the oracle says, whatever their addresses are."""
+    with (
+        attached(watched.rig, "lbh_egress_l3", tun.index),
+        socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0) as channel,
+    ):
+        for name, make in PACKETS.items():
+            protocol = 0x0800 if name.startswith("v4") else 0x86DD
+            packet = make()
+            told = parse(packet, ethernet=False, protocol=protocol)
+            if isinstance(told, Kind) and told in EVENT_OF:
+                watched.events[EVENT_OF[told]] += 1
+            channel.sendto(packet, (tun.name, protocol))
+        settle(watched)
+    assert all(watched.events[event] for event in EVENT_OF.values() if event is not EVENT_OF[Kind.TRUNCATED])
+
+
+@pytest.mark.parametrize("linear", [14, 20, 34, 41, 54, 60])
+def test_page_fragments(watched: Watched, linear: int) -> None:
+    """Headers that lie in page fragments, wholly or from anywhere on, are read as if they did not."""
+    with attached(watched.rig, "lbh_ingress", watched.rig.uplink), sender("far_uplink", linear=linear) as send:
+        for make in PACKETS.values():
+            frame = ethernet(make())
+            frame = frame.ljust(max(len(frame), SMALLEST_WITH_FRAGMENTS), b"\0")
+            watched.note(frame)
+            send(frame)
+            settle(watched)
+
+
+@pytest.mark.parametrize("linear", [0, 14])
+def test_far_into_a_packet(watched: Watched, linear: int) -> None:
+    """A TCP header is read if it begins up to 4,096 bytes into the packet, and not followed behind."""
+    kinds = {}
+    with (
+        attached(watched.rig, "lbh_ingress", watched.rig.uplink),
+        sender("far_uplink", linear=linear) as send,
+    ):
+        for length in range(244, 256):
+            frame = ethernet(syn6(CHAINS["long"][0], CHAINS["dest"][0]._replace(length=length)) + bytes(100))
+            kinds[length] = watched.note(frame)
+            send(frame)
+        settle(watched)
+    assert [length for length, kind in kinds.items() if kind is Kind.EXTENSION] == list(range(249, 256))
+    assert all(isinstance(kinds[length], Segment) for length in range(244, 249))
+
+
+@pytest.mark.parametrize("tags", [(CTAG,), (STAG,), (STAG, CTAG), (CTAG, STAG, CTAG)])
+def test_tag_in_metadata(watched: Watched, tags: tuple[int, ...]) -> None:
+    """The stack takes the outermost tag out of the frame before the hook: the rest of the frame is followed."""
+    with attached(watched.rig, "lbh_ingress", watched.rig.uplink), sender("far_uplink") as send:
+        for packet in (syn4(), syn6(), syn4(protocol=17)):
+            watched.note(ethernet(packet, tags=tags[1:]))
+            send(ethernet(packet, tags=tags))
+        settle(watched)
+    assert sorted(watched.connections.values()) == [1, 1]
+
+
+def test_leaves_by_an_ethernet_device(watched: Watched) -> None:
+    """Frames leave as the oracle says, tags still in them."""
+    with attached(watched.rig, "lbh_egress", watched.rig.peer), sender("far_uplink") as send:
+        for make in PACKETS.values():
+            for tags in ((), (CTAG,), (STAG, CTAG), (STAG, CTAG, CTAG)):
+                frame = ethernet(make(), tags=tags)
+                told = parse(frame, ethernet=True)
+                if isinstance(told, Kind) and told in EVENT_OF:
+                    watched.events[EVENT_OF[told]] += 1
+                send(frame)
+        settle(watched)
