@@ -96,10 +96,11 @@ static __always_inline bool swap_tag(u64 *tag, u64 seen, u64 next)
 #endif
 }
 
-static __always_inline bool same_address(const struct lbh_address *a, const struct lbh_address *b)
+/* Zero if they are the same. */
+static __always_inline u32 address_difference(const struct lbh_address *a, const struct lbh_address *b)
 {
-	return a->words[3] == b->words[3] && a->words[2] == b->words[2] && a->words[1] == b->words[1] &&
-	       a->words[0] == b->words[0];
+	return (a->words[0] ^ b->words[0]) | (a->words[1] ^ b->words[1]) | (a->words[2] ^ b->words[2]) |
+	       (a->words[3] ^ b->words[3]);
 }
 
 /* Finalizer of splitmix64 (Steele, Lea, Flood, 2014): every input bit reaches every output bit. */
@@ -351,7 +352,7 @@ static __always_inline bool find_handshake(struct lbh_match *match, u32 isn, con
 		if (!slot || tag_state(tag) < LBH_SEEN || tag_age(tag, now) > LBH_FORGET_TICKS)
 			continue;
 		if (slot->client_port != client_port || slot->vip_port != vip_port ||
-		    !same_address(&slot->client, client) || !same_address(&slot->vip, vip))
+		    address_difference(&slot->client, client) || address_difference(&slot->vip, vip))
 			continue;
 		match->slot = slot;
 		match->tag = &match->tags->ways[way];
@@ -368,40 +369,42 @@ static __always_inline bool find_handshake(struct lbh_match *match, u32 isn, con
  */
 static __always_inline bool find_untranslated(struct lbh_match *match, const struct lbh_packet *packet)
 {
-	u32 isn = packet->sequence;
-	u32 n, best = 0, ways = ways_with(match->tags, isn);
-	u64 youngest_ns = 0, waiting = 0, late = 0, fits;
-	s64 over, younger;
+	u32 isn = packet->sequence, n, ways = ways_with(match->tags, isn);
+	u64 youngest_ns = 0, best = 0, waiting = 0, late = 0, routed_on = 0;
 
 #pragma clang loop unroll(disable)
 	for (n = 0; n < LBH_WAYS && ways; n++, ways &= ways - 1) {
 		u32 way = lowest_way(ways), state = tag_state(match->tags->ways[way]);
 		struct lbh_handshake *slot = slot_of(match->bucket, way);
+		u64 to_vip, waits;
+		s64 over, younger;
 
 		if (!slot)
-			continue;
-		if (slot->vip_port == packet->destination_port && same_address(&slot->vip, &packet->destination)) {
-			if (slot->client_port == packet->source_port && same_address(&slot->client, &packet->source))
-				return false;
-			continue;
-		}
-		late += is_zero(state ^ LBH_UNANSWERED) & is_zero(slot->forward_ns);
-		fits = is_zero(state ^ LBH_SEEN);
-		waiting += fits;
-		over = (slot->syn_ns & -fits) - youngest_ns;
+			return false;
+		to_vip = is_zero(address_difference(&slot->vip, &packet->destination) |
+				 (slot->vip_port ^ packet->destination_port));
+		routed_on |= to_vip & is_zero(address_difference(&slot->client, &packet->source) |
+					      (slot->client_port ^ packet->source_port));
+		late += is_zero(state ^ LBH_UNANSWERED) & is_zero(slot->forward_ns) & ~to_vip;
+		waits = is_zero(state ^ LBH_SEEN) & ~to_vip;
+		waiting += waits;
+		over = (slot->syn_ns & -waits) - youngest_ns;
 		younger = ~(over >> 63);
 		youngest_ns += over & younger;
 		best = (best & ~younger) | (way & younger);
 	}
+	if (routed_on)
+		return false;
 	if (late)
 		count_events(LBH_LATE, late);
 	if (!waiting)
 		return false;
 	if (waiting > 1)
 		count_events(LBH_ISN_SHARED, waiting - 1);
-	match->tag = &match->tags->ways[best & (LBH_WAYS - 1)];
+	best &= LBH_WAYS - 1;
+	match->tag = &match->tags->ways[best];
 	match->seen_tag = *match->tag;
-	match->slot = slot_of(match->bucket, best & (LBH_WAYS - 1));
+	match->slot = slot_of(match->bucket, best);
 	return match->slot && match->seen_tag >> 32 == isn && tag_state(match->seen_tag) == LBH_SEEN;
 }
 
