@@ -54,7 +54,7 @@ DRAIN_RECORDS = 2_048
 """At most so many at a time, so that nothing else waits long in a burst."""
 SHUTDOWN_SECONDS = 4.0
 VERDICT_AFTER_NS = 5 * 10**9
-"""A client that gets no answer sends its SYN again after 1 s and 3 s (RFC 6298, 2.1 and 5.5): it had two chances."""
+"""A client that gets no answer sends its SYN again after one second (RFC 6298, 2.1), and at least once more by now."""
 
 
 class _Clocks(NamedTuple):
@@ -299,7 +299,7 @@ class Agent:
         for shipper in (self._metrics, self._logs, self._traces):
             if shipper.enabled:
                 healthy = shipper.last_error is None
-                detail = shipper.last_error or shipper.ledger()._asdict()
+                detail = {"error": shipper.last_error, **shipper.ledger()._asdict()}
                 self._health.report(shipper.signal, healthy=healthy, vital=False, detail=detail)
 
     def _shut_down(self) -> None:

@@ -8,10 +8,12 @@ and maps over its socket (SCM_RIGHTS) and exits. Request and answer are one JSON
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -82,5 +84,11 @@ def serve(channel: socket.socket) -> None:
     socket.send_fds(channel, [json.dumps(answer).encode()], fds)
 
 
+def die_with_parent() -> None:
+    """Ask the kernel to end this process with the one that started it (prctl(2), PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
 if __name__ == "__main__":
+    die_with_parent()
     serve(socket.socket(fileno=int(sys.argv[1])))

@@ -113,8 +113,14 @@ def _ask_child(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         argv = [sys.executable, "-m", "otel_lb_hop.kernel.compiler", str(theirs.fileno())]
+        # A session of its own: a Ctrl-C at the terminal is the agent's to handle.
         with subprocess.Popen(
-            argv, pass_fds=[theirs.fileno()], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            argv,
+            pass_fds=[theirs.fileno()],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
         ) as child:
             theirs.close()
             ours.settimeout(COMPILE_SECONDS)

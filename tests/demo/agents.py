@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
-import sys
 import time
 from typing import TYPE_CHECKING, Self
 
 from tests.demo.sink import PORT
+from tests.lab.agent import Agent
 
 if TYPE_CHECKING:
-    from pathlib import Path
     from types import TracebackType
 
-    from tests.lab import Lab, Node
+    from tests.lab import Lab
 
 STOP_SECONDS = 6.0
-EXPORT_INTERVAL_MS = 500
 
 
 class AgentError(Exception):
@@ -30,11 +26,16 @@ class Agents:
 
     def __init__(self, lab: Lab) -> None:
         self._lab = lab
-        self._running: list[tuple[str, subprocess.Popen[str]]] = []
+        self._running: list[Agent] = []
 
     def __enter__(self) -> Self:
+        settings = {
+            "OTEL_LB_HOP_RECORD_RATE": "100000",
+            "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
+            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{self._lab.mgmt.address4}:{PORT}",
+        }
         for node in self._lab.nodes:
-            self._running.append((node.name, self._start(node)))
+            self._running.append(Agent(node, self._lab.vips_path, settings))
         return self
 
     def __exit__(
@@ -44,37 +45,19 @@ class Agents:
 
     def check(self) -> None:
         """Raise AgentError if one has ended."""
-        for name, process in self._running:
-            if process.poll() is not None:
-                words = self._log(name).read_text(encoding="utf-8").strip()
-                raise AgentError(f"the agent of {name} ended with code {process.returncode}:\n{words[-2000:]}")
+        for agent in self._running:
+            if (code := agent.process.poll()) is not None:
+                words = agent.stderr.strip()[-2000:]
+                raise AgentError(f"the agent of {agent.node.name} ended with code {code}:\n{words}")
 
     def stop(self) -> None:
-        """SIGTERM to all, then wait for all."""
+        """SIGTERM to all, then wait for all; one that hangs is killed, and the figures will tell."""
         running, self._running = self._running, []
-        for _, process in running:
-            process.send_signal(signal.SIGTERM)
+        for agent in running:
+            agent.terminate()
         deadline = time.monotonic() + STOP_SECONDS
-        for _, process in running:
+        for agent in running:
             try:
-                process.wait(max(0.0, deadline - time.monotonic()))
+                agent.process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-    def _log(self, name: str) -> Path:
-        return self._lab.directory / f"{name}-agent.log"
-
-    def _start(self, node: Node) -> subprocess.Popen[str]:
-        # Nothing is taken over from the caller's OTEL_* variables: the demo is the same everywhere.
-        environment = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ} | {
-            "OTEL_LB_HOP_NODE_NAME": node.name,
-            "OTEL_LB_HOP_VIPS_FILE": str(self._lab.vips_path),
-            "OTEL_LB_HOP_RECORD_RATE": "100000",
-            "OTEL_METRIC_EXPORT_INTERVAL": str(EXPORT_INTERVAL_MS),
-            "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
-            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{self._lab.mgmt.address4}:{PORT}",
-        }
-        argv = [sys.executable, "-m", "otel_lb_hop", "run"]
-        with self._log(node.name).open("w", encoding="utf-8") as log:
-            return node.popen(argv, stdout=log, stderr=log, env=environment)
+                agent.kill()
