@@ -23,8 +23,8 @@ check: setup ## formatting, linting, types, layers: ruff, mypy, import-linter, c
 
 .PHONY: test
 test: check ## everything this machine can test; skips are listed with their reasons (CI=true: a skip fails)
-	$(PYTHON) -m tests.peers.build --if-possible otelcol
-	$(PYTHON) -m pytest -n 2 --dist loadgroup
+	@$(PYTHON) -m tests.peers.build otelcol || echo "the tests with a real Collector will be skipped"
+	$(PYTHON) -m pytest -n 2
 
 .PHONY: demo
 demo: setup ## real traffic through two VIPs, an agent on each node, and what it tells
