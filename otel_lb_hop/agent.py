@@ -53,6 +53,7 @@ INTERFACES_SECONDS = 30.0
 DRAIN_RECORDS = 2_048
 """At most so many at a time, so that nothing else waits long in a burst."""
 SHUTDOWN_SECONDS = 4.0
+METRICS_RESERVE_SECONDS = 1.0
 VERDICT_AFTER_NS = 5 * 10**9
 """A client that gets no answer sends its SYN again after one second (RFC 6298, 2.1), and at least once more by now."""
 
@@ -78,6 +79,7 @@ class Agent:
         self._topology = Topology(config.node_name)
         self._source = FileSource(config.vips_file) if config.vips_file else None
         self._unresolved = 0
+        self._abandoned = 0
         self._hash_seed = loader.hash_seed()
         self._due: dict[str, float] = {}
 
@@ -165,7 +167,7 @@ class Agent:
             self._report_exports()
         if self._monitor.changed.is_set() or self._is_due("interfaces", now, INTERFACES_SECONDS):
             self._monitor.changed.clear()
-            self._reconcile_interfaces()
+            self._follow_interfaces()
         if self._is_due("metrics", now, self._config.metric_export_interval_ms / 1e3):
             self._export_metrics()
         self._health.beat(now)
@@ -218,7 +220,11 @@ class Agent:
                 self._metrics_builder.carry_over(row.vip_id, row.hop, last)
 
     def _self_report(self, events: tuple[int, ...]) -> SelfReport:
-        drops = {("", "unresolved"): self._unresolved, ("", "wrong_size"): self._ring.wrong_size}
+        drops = {
+            ("", "unresolved"): self._unresolved,
+            ("", "wrong_size"): self._ring.wrong_size,
+            ("", "shutdown"): self._abandoned,
+        }
         for shipper in (self._logs, self._traces):
             for reason, count in shipper.ledger().dropped.items():
                 drops[shipper.signal, reason] = count
@@ -268,6 +274,15 @@ class Agent:
 
     # interfaces
 
+    def _follow_interfaces(self) -> None:
+        try:
+            self._reconcile_interfaces()
+        except OSError as error:
+            # What is hooked stays hooked; the next change or half a minute brings the next try.
+            log.warning("the interfaces cannot be followed: %s", error)
+            detail = {"hooked": self._hooks.interfaces, "error": str(error)}
+            self._health.report("interfaces", healthy=False, vital=not self._hooks.interfaces, detail=detail)
+
     def _reconcile_interfaces(self) -> None:
         config = self._config
         links = self._netlink.links()
@@ -308,16 +323,18 @@ class Agent:
         # Nobody will see an answer any more: what is open gets its verdict now, or it would vanish uncounted.
         self._tables.set_settings(self._settings(0))
         self._sweep(ticks=1)
-        while self._drain() and time.monotonic() < deadline:
+        while self._drain() and time.monotonic() < deadline - METRICS_RESERVE_SECONDS:
             pass
-        self._export_metrics()
-        for shipper in (self._metrics, self._logs, self._traces):
-            shipper.stop()
-        for shipper in (self._metrics, self._logs, self._traces):
-            shipper.close(deadline)
+        self._abandoned = self._ring.pending_records
         for shipper in (self._logs, self._traces):
+            shipper.stop()
+        for shipper in (self._logs, self._traces):
+            shipper.close(deadline - METRICS_RESERVE_SECONDS)
             if shipper.enabled:
                 log.info("%s: %s", shipper.signal, shipper.ledger())
+        # Last, so that they tell what became of the last records.
+        self._export_metrics()
+        self._metrics.close(deadline)
         self._monitor.close()
         self._netlink.close()
         self._ring.close()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
+import os
 import socket
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
@@ -13,18 +16,32 @@ from pyroute2.netlink.rtnl import RTMGRP_IPV4_ROUTE, RTMGRP_IPV6_ROUTE, RTMGRP_L
 
 from otel_lb_hop.core.interfaces import Link
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 log = logging.getLogger(__name__)
 
 ARPHRD_ETHER = 1
-EEXIST = 17
 INGRESS_PARENT = "ffff:fff2"
 EGRESS_PARENT = "ffff:fff3"
 _UNICAST = 1
 _ENOUGH_OF_A_NOTICE = 64
 
 
+@contextlib.contextmanager
+def _os_errors() -> Iterator[None]:
+    """Let a refusal of the kernel be the OSError that it is."""
+    try:
+        yield
+    except NetlinkError as error:
+        raise OSError(error.code, os.strerror(error.code)) from error
+
+
 class Netlink:
-    """One rtnetlink socket for questions and changes. Not for use by two threads at once."""
+    """One rtnetlink socket for questions and changes. Not for use by two threads at once.
+
+    What the kernel refuses is raised as OSError.
+    """
 
     def __init__(self) -> None:
         self._socket = IPRoute()
@@ -33,10 +50,12 @@ class Netlink:
         """Close the socket."""
         self._socket.close()
 
+    @_os_errors()
     def links(self) -> list[Link]:
         """List all interfaces but the loopback ones."""
         return [_link(message) for message in self._socket.get_links() if not message["flags"] & 0x8]
 
+    @_os_errors()
     def gateway_links(self) -> tuple[set[int], set[int]]:
         """Name the interfaces that routes over a gateway leave by, in any table: of all routes, and of default ones."""
         found: set[int] = set()
@@ -52,6 +71,7 @@ class Netlink:
                 default |= ways
         return found, default
 
+    @_os_errors()
     def add_filter(self, ifindex: int, parent: str, fd: int, name: str) -> None:
         """Attach a tc program in direct-action mode on the clsact qdisc, which is added if need be.
 
@@ -60,11 +80,12 @@ class Netlink:
         try:
             self._socket.tc("add", "clsact", ifindex)
         except NetlinkError as error:
-            if error.code != EEXIST:
+            if error.code != errno.EEXIST:
                 raise
         self.delete_filter(ifindex, parent, name)
         self._socket.tc("add-filter", "bpf", ifindex, fd=fd, name=name, parent=parent, prio=1, direct_action=True)
 
+    @_os_errors()
     def delete_filter(self, ifindex: int, parent: str, name: str) -> None:
         """Remove our filter; the qdisc goes with the last filter on it."""
         for message in self._filters(ifindex, parent):
@@ -73,10 +94,12 @@ class Netlink:
                     "del-filter", "bpf", ifindex, handle=message["handle"], parent=parent, prio=message["info"] >> 16
                 )
 
+    @_os_errors()
     def has_filter(self, ifindex: int, parent: str, name: str) -> bool:
         """Whether our filter is there."""
         return any(_filter_name(message) == name for message in self._filters(ifindex, parent))
 
+    @_os_errors()
     def delete_empty_clsact(self, ifindex: int) -> None:
         """Remove the clsact qdisc of an interface if no filter is left on it."""
         if not any([*self._filters(ifindex, INGRESS_PARENT), *self._filters(ifindex, EGRESS_PARENT)]):

@@ -7,7 +7,7 @@ import struct
 import sys
 from typing import TYPE_CHECKING
 
-from otel_lb_hop.core.layout import decode_records, walk_ring
+from otel_lb_hop.core.layout import RECORD, RING_HEADER, decode_records, walk_ring
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,9 +33,10 @@ class Ring:
         self.wrong_size = 0
 
     @property
-    def pending(self) -> int:
-        """Bytes that wait to be read."""
-        return int.from_bytes(self._producer[:8], sys.byteorder) - self._position
+    def pending_records(self) -> int:
+        """How many records wait to be read."""
+        waiting = int.from_bytes(self._producer[:8], sys.byteorder) - self._position
+        return waiting // (RECORD.size + RING_HEADER)
 
     def drain(self, limit: int) -> Iterator[Record]:
         """Take up to `limit` records and give their space back to the kernel."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import struct
@@ -11,6 +12,8 @@ from pathlib import Path
 from otel_lb_hop.kernel import bpf
 
 _PROG_GET_FD_BY_ID = 13
+_PROG_QUERY = 16
+_MOST = 64
 
 
 def held_by(pid: int) -> set[int]:
@@ -25,6 +28,16 @@ def held_by(pid: int) -> set[int]:
 def still_loaded(ids: set[int]) -> set[int]:
     """Which of these programs the kernel still has."""
     return {number for number in ids if _exists(number)}
+
+
+def attached(ifindex: int, attach_type: int) -> list[int]:
+    """List the ids of the programs on a tcx hook, in the order they run."""
+    ids = ctypes.create_string_buffer(4 * _MOST)
+    query = struct.pack("=IIIIQI", ifindex, attach_type, 0, 0, ctypes.addressof(ids), _MOST)
+    attributes = ctypes.create_string_buffer(query, 128)
+    bpf._call(_PROG_QUERY, attributes)
+    (count,) = struct.unpack_from("=I", attributes, 24)
+    return list(struct.unpack_from(f"={count}I", ids))
 
 
 def _exists(number: int) -> bool:
