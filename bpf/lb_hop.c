@@ -45,6 +45,7 @@ struct lbh_match {
 	struct lbh_handshake *slot;
 	u64 *tag;
 	u64 seen_tag; /* the tag as it was when it matched */
+	u64 now;      /* the time of the match */
 };
 
 static __always_inline void count_events(int event, u64 times)
@@ -113,10 +114,13 @@ static __always_inline u64 mix(u64 value)
 	return value ^ value >> 31;
 }
 
-/* Finds the bucket of an ISN; false only if the map is missing. */
-static __always_inline bool find_bucket(struct lbh_match *match, const struct lbh_settings *config, u32 isn)
+/*
+ * Finds the bucket of an ISN; false only if the map is missing. Multiply-add-shift hashing (Dietzfelbinger, 1996) with
+ * two secret numbers that are drawn for each load: nobody outside can aim at one bucket.
+ */
+static __always_inline bool find_bucket(struct lbh_match *match, u32 isn)
 {
-	match->bucket = mix(config->hash_seed ^ isn) & (LBH_TABLE_BUCKETS - 1);
+	match->bucket = isn * LBH_HASH_MULTIPLIER + LBH_HASH_ADDEND >> 32 & (LBH_TABLE_BUCKETS - 1);
 	match->tags = handshake_tags.lookup((int *)&match->bucket);
 	return match->tags;
 }
@@ -128,13 +132,16 @@ static __always_inline struct lbh_handshake *slot_of(u32 bucket, u32 way)
 	return handshakes.lookup(&index);
 }
 
+/* The bounds are 1, 2.5 and 5 times powers of ten (LBH_BOUNDS); found by a loop, as all here is, to keep the code
+ * short. */
 static __always_inline u32 histogram_bucket(u64 ns)
 {
-	u32 bucket = 0;
+	u64 bound = LBH_FIRST_BOUND_NS;
+	u32 bucket;
 
-#define LBH_ABOVE(bound) bucket += ns > bound##ull;
-	LBH_BOUNDS(LBH_ABOVE)
-#undef LBH_ABOVE
+#pragma clang loop unroll(disable)
+	for (bucket = 0; bucket < LBH_BUCKETS - 1 && ns > bound; bucket++)
+		bound = bucket % 3 ? bound * 2 : bound * 5 / 2;
 	return bucket;
 }
 
@@ -190,12 +197,16 @@ static __always_inline bool within_rate(const struct lbh_settings *config, u64 n
  * Sends one connection to the agent or counts why not. Good handshakes are sampled by trace id; a failure is kept
  * whatever the ratio. The agent drains by time: it is never woken for one record.
  */
-static __always_inline void send_record(const struct lbh_settings *config, const struct lbh_handshake *slot, u32 isn,
-					u32 verdict, u64 end_ns, u64 now)
+static __always_inline void send_record(const struct lbh_handshake *slot, u32 isn, u32 verdict, u64 now)
 {
 	struct lbh_trace_id trace = trace_id_of(slot, isn);
+	struct lbh_settings *config;
 	struct lbh_record *record;
+	int zero = 0;
 
+	config = settings.lookup(&zero);
+	if (!config)
+		return;
 	if ((verdict == LBH_VERDICT_ANSWERED || verdict == LBH_VERDICT_REPLY_UNSEEN) &&
 	    (trace.low & ((1ull << 56) - 1)) < config->reject_below) {
 		count_event(LBH_RECORD_RATIO);
@@ -214,7 +225,7 @@ static __always_inline void send_record(const struct lbh_settings *config, const
 	record->trace_low = trace.low;
 	record->syn_ns = slot->syn_ns;
 	record->forward_ns = slot->forward_ns;
-	record->end_ns = end_ns;
+	record->end_ns = now;
 	record->client = slot->client;
 	record->snat = slot->snat;
 	record->backend = slot->backend;
@@ -281,7 +292,7 @@ static __always_inline u32 ways_with(const struct lbh_tags *tags, u32 isn)
 {
 	u32 i, ways = 0;
 
-#pragma unroll
+#pragma clang loop unroll(disable)
 	for (i = 0; i < LBH_WAYS; i++)
 		ways |= (u32)is_zero(tags->ways[i] >> 32 ^ isn) << i;
 	return ways;
@@ -315,7 +326,7 @@ static __always_inline struct lbh_handshake *take_slot(struct lbh_match *match, 
 	u64 best = 0, tag;
 	u32 i, way, state;
 
-#pragma unroll
+#pragma clang loop unroll(disable)
 	for (i = 0; i < LBH_WAYS; i++) {
 		s64 over = victim_score(match->tags->ways[i], i, now) - best;
 
@@ -339,7 +350,7 @@ static __always_inline struct lbh_handshake *take_slot(struct lbh_match *match, 
  * gets another id when its Service changes, and an open connection stays the same.
  */
 static __always_inline bool find_handshake(struct lbh_match *match, u32 isn, const struct lbh_address *client,
-					   u16 client_port, const struct lbh_address *vip, u16 vip_port, u64 now)
+					   u16 client_port, const struct lbh_address *vip, u16 vip_port)
 {
 	u32 n, ways = ways_with(match->tags, isn);
 
@@ -349,10 +360,13 @@ static __always_inline bool find_handshake(struct lbh_match *match, u32 isn, con
 		u64 tag = match->tags->ways[way];
 		struct lbh_handshake *slot = slot_of(match->bucket, way);
 
-		if (!slot || tag_state(tag) < LBH_SEEN || tag_age(tag, now) > LBH_FORGET_TICKS)
+		if (!slot || tag_state(tag) < LBH_SEEN)
 			continue;
 		if (slot->client_port != client_port || slot->vip_port != vip_port ||
 		    address_difference(&slot->client, client) || address_difference(&slot->vip, vip))
+			continue;
+		match->now = bpf_ktime_get_ns();
+		if (tag_age(tag, match->now) > LBH_FORGET_TICKS)
 			continue;
 		match->slot = slot;
 		match->tag = &match->tags->ways[way];
@@ -409,8 +423,7 @@ static __always_inline bool find_untranslated(struct lbh_match *match, const str
 }
 
 /* A SYN came in to a VIP port: a new connection, the same packet one device further, or a retransmission. */
-static __always_inline void syn_in(struct __sk_buff *skb, const struct lbh_settings *config,
-				   const struct lbh_packet *packet)
+static __always_inline void syn_in(struct __sk_buff *skb, const struct lbh_packet *packet)
 {
 	struct lbh_vip_key key = {
 		.address = packet->destination, .port = packet->destination_port, .transport = IPPROTO_TCP};
@@ -425,13 +438,13 @@ static __always_inline void syn_in(struct __sk_buff *skb, const struct lbh_setti
 		return;
 	vip_id = vip->vip_id;
 	stats = vip_stats.lookup(&vip_id);
-	if (!stats || !find_bucket(&match, config, packet->sequence)) {
+	if (!stats || !find_bucket(&match, packet->sequence)) {
 		count_event(LBH_NO_ROW);
 		return;
 	}
 	now = bpf_ktime_get_ns();
 	if (find_handshake(&match, packet->sequence, &packet->source, packet->source_port, &packet->destination,
-			   packet->destination_port, now)) {
+			   packet->destination_port)) {
 		u64 gap_ns = now - match.slot->last_syn_ns;
 
 		match.slot->last_syn_ns = now;
@@ -467,8 +480,7 @@ static __always_inline void syn_in(struct __sk_buff *skb, const struct lbh_setti
 }
 
 /* A SYN leaves: if its ISN is remembered, it is the translated packet, and names backend and SNAT source. */
-static __always_inline void syn_out(struct __sk_buff *skb, const struct lbh_settings *config,
-				    const struct lbh_packet *packet)
+static __always_inline void syn_out(struct __sk_buff *skb, const struct lbh_packet *packet)
 {
 	struct lbh_backend_key key = {.address = packet->destination, .port = packet->destination_port};
 	struct lbh_match match = {};
@@ -477,7 +489,7 @@ static __always_inline void syn_out(struct __sk_buff *skb, const struct lbh_sett
 	u32 *known, hop_id, origin;
 	u64 now, filling, took_ns;
 
-	if (!find_bucket(&match, config, packet->sequence))
+	if (!find_bucket(&match, packet->sequence))
 		return;
 	if (!find_untranslated(&match, packet))
 		return;
@@ -507,7 +519,7 @@ static __always_inline void syn_out(struct __sk_buff *skb, const struct lbh_sett
 }
 
 /* A SYN-ACK or RST leaves from a VIP port: the end of the handshake that its acknowledgment number names. */
-static __always_inline void answer_out(const struct lbh_settings *config, const struct lbh_packet *packet)
+static __always_inline void answer_out(const struct lbh_packet *packet)
 {
 	u32 isn = packet->acknowledgment - 1, verdict = LBH_VERDICT_ANSWERED, state, origin;
 	bool refused = packet->flags & LBH_TCP_RST;
@@ -517,12 +529,12 @@ static __always_inline void answer_out(const struct lbh_settings *config, const 
 	u64 now;
 
 	/* Not by a look at vip_ports: a handshake outlives the VIP port that is deleted meanwhile. */
-	if (!find_bucket(&match, config, isn))
+	if (!find_bucket(&match, isn))
 		return;
-	now = bpf_ktime_get_ns();
 	if (!find_handshake(&match, isn, &packet->destination, packet->destination_port, &packet->source,
-			    packet->source_port, now))
+			    packet->source_port))
 		return;
+	now = match.now;
 	state = tag_state(match.seen_tag);
 	if (state == LBH_UNANSWERED && !refused)
 		count_event(LBH_LATE);
@@ -552,12 +564,11 @@ static __always_inline void answer_out(const struct lbh_settings *config, const 
 		if (refused)
 			verdict = LBH_VERDICT_REFUSED;
 	}
-	send_record(config, slot, isn, verdict, now, now);
+	send_record(slot, isn, verdict, now);
 }
 
 /* Gives the verdict over a slot that has waited long enough; its tag is already in UNANSWERED. */
-static __always_inline void close_overdue(const struct lbh_settings *config, const struct lbh_handshake *slot, u64 tag,
-					  u64 now)
+static __always_inline void close_overdue(const struct lbh_handshake *slot, u64 tag, u64 now)
 {
 	struct lbh_hop_stats *stats;
 	u32 verdict;
@@ -582,15 +593,14 @@ static __always_inline void close_overdue(const struct lbh_settings *config, con
 		else if (stats)
 			stats->reply_unseen++;
 	}
-	send_record(config, slot, tag >> 32, verdict, now, now);
+	send_record(slot, tag >> 32, verdict, now);
 }
 
 static __always_inline int watch(struct __sk_buff *skb, bool ethernet, bool ingress)
 {
 	struct lbh_packet packet = {};
-	struct lbh_settings *config;
 	u8 flags;
-	int zero = 0, parsed = lbh_parse(skb, ethernet, &packet);
+	int parsed = lbh_parse(skb, ethernet, &packet);
 
 	if (parsed == LBH_OTHER)
 		return TC_ACT_UNSPEC;
@@ -598,17 +608,14 @@ static __always_inline int watch(struct __sk_buff *skb, bool ethernet, bool ingr
 		count_event(LBH_TRUNCATED + parsed - LBH_PARSE_TRUNCATED);
 		return TC_ACT_UNSPEC;
 	}
-	config = settings.lookup(&zero);
-	if (!config)
-		return TC_ACT_UNSPEC;
 	flags = packet.flags & (LBH_TCP_SYN | LBH_TCP_ACK | LBH_TCP_RST | LBH_TCP_FIN);
 	if (ingress) {
 		if (flags == LBH_TCP_SYN)
-			syn_in(skb, config, &packet);
+			syn_in(skb, &packet);
 	} else if (flags == LBH_TCP_SYN) {
-		syn_out(skb, config, &packet);
+		syn_out(skb, &packet);
 	} else if (flags == (LBH_TCP_SYN | LBH_TCP_ACK) || flags == (LBH_TCP_RST | LBH_TCP_ACK)) {
-		answer_out(config, &packet);
+		answer_out(&packet);
 	}
 	return TC_ACT_UNSPEC;
 }
@@ -666,7 +673,7 @@ int lbh_sweep(struct __sk_buff *skb)
 			continue;
 		slot = slot_of(bucket, i);
 		if (slot && swap_tag(&tags->ways[i], tag, with_state(tag, LBH_UNANSWERED)))
-			close_overdue(config, slot, tag, now);
+			close_overdue(slot, tag, now);
 	}
 	return TC_ACT_UNSPEC;
 }

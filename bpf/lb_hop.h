@@ -79,6 +79,7 @@ enum lbh_origin {
 	X(1000000000)                                                                                                  \
 	X(2500000000)                                                                                                  \
 	X(5000000000)
+#define LBH_FIRST_BOUND_NS 1000
 #define LBH_BUCKETS 22
 
 struct lbh_histogram {
@@ -190,7 +191,6 @@ struct lbh_record {
 
 /* settings: written once by the agent before anything is attached. */
 struct lbh_settings {
-	u64 hash_seed;		/* secret: nobody outside can aim at one bucket */
 	u64 verdict_after_ns;	/* a handshake without an answer gets its verdict at this age */
 	u64 reject_below;	/* records of good handshakes: kept if the trace id's low 56 bits reach this */
 	u64 record_interval_ns; /* 10^9 / records per second; 0: no record at all */

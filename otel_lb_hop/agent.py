@@ -80,7 +80,6 @@ class Agent:
         self._source = FileSource(config.vips_file) if config.vips_file else None
         self._unresolved = 0
         self._abandoned = 0
-        self._hash_seed = loader.hash_seed()
         self._due: dict[str, float] = {}
 
     def start(self) -> None:
@@ -126,7 +125,6 @@ class Agent:
     def _settings(self, verdict_after_ns: int) -> Settings:
         rate = self._config.record_rate
         return Settings(
-            hash_seed=self._hash_seed,
             verdict_after_ns=verdict_after_ns,
             reject_below=self._threshold,
             record_interval_ns=10**9 // rate if rate else 0,

@@ -91,7 +91,7 @@ VIP_VALUE = struct.Struct("=IB3x")
 """`struct lbh_vip`: vip_id, unforwarded."""
 BACKEND_KEY = struct.Struct("=I16s2s2x")
 """`struct lbh_backend_key`: vip_id, address, port."""
-SETTINGS = struct.Struct("=QQQQQ")
+SETTINGS = struct.Struct("=QQQQ")
 """`struct lbh_settings`, see `Settings`."""
 RECORD = struct.Struct("=QQQQQ16s16s16s2s2s2sBBIIIIH6x")
 """`struct lbh_record`, see `Record`."""
@@ -103,7 +103,6 @@ HOP_STATS_WORDS = 7 + 2 * HISTOGRAM_WORDS
 class Settings(NamedTuple):
     """`struct lbh_settings`, in its order."""
 
-    hash_seed: int
     verdict_after_ns: int
     reject_below: int
     record_interval_ns: int

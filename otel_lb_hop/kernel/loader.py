@@ -96,7 +96,9 @@ def _explain(error: str, output: str) -> str:
 
 def _request(sizes: Sizes) -> dict[str, Any]:
     folder = bpf_folder()
-    defines = sizes.defines()
+    # The secret by which the handshake table is hashed.
+    secrets = {f"LBH_HASH_{name}": f"{int.from_bytes(os.urandom(8))}ull" for name in ("MULTIPLIER", "ADDEND")}
+    defines: dict[str, int | str] = {**sizes.defines(), **secrets}
     if _kernel_version() < (5, 12):
         defines["LBH_NO_COMPARE_EXCHANGE"] = 1
     return {
@@ -158,8 +160,3 @@ def load(sizes: Sizes | None = None) -> Loaded:
         sizes=sizes,
         compile_seconds=answer["seconds"],
     )
-
-
-def hash_seed() -> int:
-    """Draw the secret that keeps outsiders from aiming at one bucket of the handshake table."""
-    return int.from_bytes(os.urandom(8), "little")

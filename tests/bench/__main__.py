@@ -201,7 +201,7 @@ def packet_costs() -> Iterator[Row]:
     """Run the programs on single kinds of packets against an empty program, caches warm."""
     loaded = loader.load()
     tables = KernelTables(loaded)
-    tables.set_settings(Settings(loader.hash_seed(), 5 * 10**9, 0, 1, 10**9))
+    tables.set_settings(Settings(5 * 10**9, 0, 1, 10**9))
     backend = Backend(pack_address("10.100.2.2"), 8080, "node2", "zone-b")
     vip_port = VipPort(pack_address(VIP), PORT, Transport.TCP, "default", "web", Policy.CLUSTER, (backend,))
     tables.apply(Topology("node1").update(Cluster((vip_port,)), 1))

@@ -45,9 +45,7 @@ WAYS = 8
 FIRST_RETRANSMIT_NS = 1_200_000_000
 """By this age a client that has heard nothing has sent its SYN again (LBH_FIRST_RETRANSMIT_NS)."""
 NODE = "node1"
-EVERYTHING = Settings(
-    hash_seed=0x5EED, verdict_after_ns=0, reject_below=0, record_interval_ns=1, record_burst_ns=1 << 62
-)
+EVERYTHING = Settings(verdict_after_ns=0, reject_below=0, record_interval_ns=1, record_burst_ns=1 << 62)
 """Settings that send every record and give every verdict at the next sweep."""
 
 _libc = ctypes.CDLL(None, use_errno=True)

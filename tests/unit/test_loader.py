@@ -89,8 +89,10 @@ def test_request(release: str, old: bool, monkeypatch: pytest.MonkeyPatch) -> No
     assert Path(request["source"]).is_file()
 
 
-def test_seeds_differ() -> None:
-    """The hash seed is drawn anew each time and fits in 64 bits."""
-    seeds = {loader.hash_seed() for _ in range(20)}
-    assert len(seeds) == 20
-    assert all(0 <= seed < 2**64 for seed in seeds)
+def test_secrets_differ() -> None:
+    """The numbers by which the table is hashed are drawn anew for each load and fit in 64 bits."""
+    drawn = [loader._request(loader.Sizes())["defines"] for _ in range(20)]
+    for name in ("LBH_HASH_MULTIPLIER", "LBH_HASH_ADDEND"):
+        numbers = {int(defines[name].removesuffix("ull")) for defines in drawn}
+        assert len(numbers) == 20
+        assert all(0 <= number < 2**64 for number in numbers)
