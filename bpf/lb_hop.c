@@ -22,6 +22,8 @@ BPF_F_TABLE("percpu_hash", u32, struct lbh_hop_stats, hop_stats, LBH_MAX_HOPS, B
 /* Key: an interface that leads out of the cluster; a SYN that came in by it is external. */
 BPF_F_TABLE("hash", u32, u8, uplinks, LBH_MAX_UPLINKS, BPF_F_NO_PREALLOC);
 BPF_ARRAY(settings, struct lbh_settings, 1);
+/* One value. When a SYN to a VIP port last came in, by a part of its ISN's hash. */
+BPF_ARRAY(recent, struct lbh_recent, 1);
 /* Index: bucket. */
 BPF_ARRAY(handshake_tags, struct lbh_tags, LBH_TABLE_BUCKETS);
 /* Index: bucket * LBH_WAYS + way. */
@@ -45,7 +47,6 @@ struct lbh_match {
 	struct lbh_handshake *slot;
 	u64 *tag;
 	u64 seen_tag; /* the tag as it was when it matched */
-	u64 now;      /* the time of the match */
 };
 
 static __always_inline void count_events(int event, u64 times)
@@ -115,12 +116,38 @@ static __always_inline u64 mix(u64 value)
 }
 
 /*
- * Finds the bucket of an ISN; false only if the map is missing. Multiply-add-shift hashing (Dietzfelbinger, 1996) with
- * two secret numbers that are drawn for each load: nobody outside can aim at one bucket.
+ * Multiply-add-shift hashing (Dietzfelbinger, 1996) with two secret numbers that are drawn for each load: nobody
+ * outside can aim at one bucket.
  */
+static __always_inline u32 hash_of(u32 isn)
+{
+	return isn * LBH_HASH_MULTIPLIER + LBH_HASH_ADDEND >> 32;
+}
+
+/* The cell in which the time of the latest SYN with such an ISN stands. */
+static __always_inline u16 *recent_cell(u32 isn)
+{
+	int zero = 0;
+	struct lbh_recent *cells = recent.lookup(&zero);
+
+	return cells ? &cells->ticks[hash_of(isn) & (LBH_RECENT_CELLS - 1)] : NULL;
+}
+
+/*
+ * False if no SYN to a VIP port with this ISN came in within so many ticks. Most handshakes on a node are not to its
+ * VIP ports: they end here, on memory that is always in the cache, and cost no look into the table.
+ */
+static __always_inline bool maybe_recent(u32 isn, u64 now, u16 ticks)
+{
+	u16 *cell = recent_cell(isn);
+
+	return cell && (u16)((u16)(now >> LBH_TICK_SHIFT) - *cell) <= ticks;
+}
+
+/* Finds the bucket of an ISN; false only if the map is missing. */
 static __always_inline bool find_bucket(struct lbh_match *match, u32 isn)
 {
-	match->bucket = isn * LBH_HASH_MULTIPLIER + LBH_HASH_ADDEND >> 32 & (LBH_TABLE_BUCKETS - 1);
+	match->bucket = hash_of(isn) & (LBH_TABLE_BUCKETS - 1);
 	match->tags = handshake_tags.lookup((int *)&match->bucket);
 	return match->tags;
 }
@@ -350,7 +377,7 @@ static __always_inline struct lbh_handshake *take_slot(struct lbh_match *match, 
  * gets another id when its Service changes, and an open connection stays the same.
  */
 static __always_inline bool find_handshake(struct lbh_match *match, u32 isn, const struct lbh_address *client,
-					   u16 client_port, const struct lbh_address *vip, u16 vip_port)
+					   u16 client_port, const struct lbh_address *vip, u16 vip_port, u64 now)
 {
 	u32 n, ways = ways_with(match->tags, isn);
 
@@ -360,13 +387,10 @@ static __always_inline bool find_handshake(struct lbh_match *match, u32 isn, con
 		u64 tag = match->tags->ways[way];
 		struct lbh_handshake *slot = slot_of(match->bucket, way);
 
-		if (!slot || tag_state(tag) < LBH_SEEN)
+		if (!slot || tag_state(tag) < LBH_SEEN || tag_age(tag, now) > LBH_FORGET_TICKS)
 			continue;
 		if (slot->client_port != client_port || slot->vip_port != vip_port ||
 		    address_difference(&slot->client, client) || address_difference(&slot->vip, vip))
-			continue;
-		match->now = bpf_ktime_get_ns();
-		if (tag_age(tag, match->now) > LBH_FORGET_TICKS)
 			continue;
 		match->slot = slot;
 		match->tag = &match->tags->ways[way];
@@ -432,6 +456,7 @@ static __always_inline void syn_in(struct __sk_buff *skb, const struct lbh_packe
 	struct lbh_vip_stats *stats;
 	struct lbh_handshake *slot;
 	u32 vip_id, origin, ifindex = skb->ifindex;
+	u16 *cell;
 	u64 now;
 
 	if (!vip)
@@ -443,8 +468,11 @@ static __always_inline void syn_in(struct __sk_buff *skb, const struct lbh_packe
 		return;
 	}
 	now = bpf_ktime_get_ns();
+	cell = recent_cell(packet->sequence);
+	if (cell)
+		*cell = now >> LBH_TICK_SHIFT;
 	if (find_handshake(&match, packet->sequence, &packet->source, packet->source_port, &packet->destination,
-			   packet->destination_port)) {
+			   packet->destination_port, now)) {
 		u64 gap_ns = now - match.slot->last_syn_ns;
 
 		match.slot->last_syn_ns = now;
@@ -489,7 +517,8 @@ static __always_inline void syn_out(struct __sk_buff *skb, const struct lbh_pack
 	u32 *known, hop_id, origin;
 	u64 now, filling, took_ns;
 
-	if (!find_bucket(&match, packet->sequence))
+	now = bpf_ktime_get_ns();
+	if (!maybe_recent(packet->sequence, now, LBH_TRANSLATION_TICKS) || !find_bucket(&match, packet->sequence))
 		return;
 	if (!find_untranslated(&match, packet))
 		return;
@@ -498,7 +527,6 @@ static __always_inline void syn_out(struct __sk_buff *skb, const struct lbh_pack
 	filling = with_state(match.seen_tag, LBH_BUSY);
 	if (!swap_tag(match.tag, match.seen_tag, filling))
 		return;
-	now = bpf_ktime_get_ns();
 	key.vip_id = slot->vip_id;
 	known = backends.lookup(&key);
 	slot->hop_id = hop_id = known ? *known : slot->vip_id;
@@ -529,12 +557,12 @@ static __always_inline void answer_out(const struct lbh_packet *packet)
 	u64 now;
 
 	/* Not by a look at vip_ports: a handshake outlives the VIP port that is deleted meanwhile. */
-	if (!find_bucket(&match, isn))
+	now = bpf_ktime_get_ns();
+	if (!maybe_recent(isn, now, LBH_ANSWER_TICKS) || !find_bucket(&match, isn))
 		return;
 	if (!find_handshake(&match, isn, &packet->destination, packet->destination_port, &packet->source,
-			    packet->source_port))
+			    packet->source_port, now))
 		return;
-	now = match.now;
 	state = tag_state(match.seen_tag);
 	if (state == LBH_UNANSWERED && !refused)
 		count_event(LBH_LATE);

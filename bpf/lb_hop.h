@@ -158,6 +158,19 @@ struct lbh_tags {
 	u64 ways[LBH_WAYS];
 };
 
+/*
+ * In front of the table: the time (in ticks, 16 bits) of the latest SYN by a part of its ISN's hash. 16 KiB, which the
+ * kernel takes from its directly mapped memory.
+ */
+#define LBH_RECENT_CELLS 8192
+struct lbh_recent {
+	u16 ticks[LBH_RECENT_CELLS];
+};
+/* A translated SYN leaves within microseconds of the SYN that came in; this is a second. */
+#define LBH_TRANSLATION_TICKS 128
+/* An answer that comes later than this (16 s), long after the verdict, is not even counted as late. */
+#define LBH_ANSWER_TICKS 2048
+
 enum lbh_verdict {
 	LBH_VERDICT_ANSWERED,
 	LBH_VERDICT_REFUSED,
