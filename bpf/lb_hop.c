@@ -19,8 +19,8 @@ BPF_F_TABLE("hash", struct lbh_backend_key, u32, backends, LBH_MAX_BACKENDS, BPF
 /* Rows exist only for what the topology knows, so memory follows its size and not the maximum. */
 BPF_F_TABLE("percpu_hash", u32, struct lbh_vip_stats, vip_stats, LBH_MAX_VIP_PORTS, BPF_F_NO_PREALLOC);
 BPF_F_TABLE("percpu_hash", u32, struct lbh_hop_stats, hop_stats, LBH_MAX_HOPS, BPF_F_NO_PREALLOC);
-/* Key: an interface that leads out of the cluster; a SYN that came in by it is external. */
-BPF_F_TABLE("hash", u32, u8, uplinks, LBH_MAX_UPLINKS, BPF_F_NO_PREALLOC);
+/* One value. */
+BPF_ARRAY(uplinks, struct lbh_uplinks, 1);
 BPF_ARRAY(settings, struct lbh_settings, 1);
 /* One value. When a SYN to a VIP port last came in, by a part of its ISN's hash. */
 BPF_ARRAY(recent, struct lbh_recent, 1);
@@ -446,6 +446,20 @@ static __always_inline bool find_untranslated(struct lbh_match *match, const str
 	return match->slot && match->seen_tag >> 32 == isn && tag_state(match->seen_tag) == LBH_SEEN;
 }
 
+/* Whether a SYN that came in by this interface came from outside the cluster. */
+static __always_inline u32 origin_of(u32 ifindex)
+{
+	int zero = 0;
+	struct lbh_uplinks *list = uplinks.lookup(&zero);
+	u32 i;
+
+#pragma clang loop unroll(disable)
+	for (i = 0; list && i < LBH_MAX_UPLINKS && list->ifindexes[i]; i++)
+		if (list->ifindexes[i] == ifindex)
+			return LBH_EXTERNAL;
+	return LBH_INTERNAL;
+}
+
 /* A SYN came in to a VIP port: a new connection, the same packet one device further, or a retransmission. */
 static __always_inline void syn_in(struct __sk_buff *skb, const struct lbh_packet *packet)
 {
@@ -482,7 +496,7 @@ static __always_inline void syn_in(struct __sk_buff *skb, const struct lbh_packe
 		}
 		return;
 	}
-	origin = uplinks.lookup(&ifindex) ? LBH_EXTERNAL : LBH_INTERNAL;
+	origin = origin_of(ifindex);
 	stats->connections[origin]++;
 	slot = take_slot(&match, now);
 	if (!slot) {
@@ -628,8 +642,11 @@ static __always_inline int watch(struct __sk_buff *skb, bool ethernet, bool ingr
 {
 	struct lbh_packet packet = {};
 	u8 flags;
-	int parsed = lbh_parse(skb, ethernet, &packet);
+	int parsed;
 
+	if (lbh_is_dull(skb, ethernet, ingress))
+		return TC_ACT_UNSPEC;
+	parsed = lbh_parse(skb, ethernet, &packet);
 	if (parsed == LBH_OTHER)
 		return TC_ACT_UNSPEC;
 	if (parsed != LBH_HANDSHAKE) {

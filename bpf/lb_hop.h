@@ -202,6 +202,12 @@ struct lbh_record {
 	u8 pad[6];
 };
 
+/* uplinks: the interfaces that lead out of the cluster; a SYN that came in by one is external. Ended by a zero. */
+#define LBH_MAX_UPLINKS 64
+struct lbh_uplinks {
+	u32 ifindexes[LBH_MAX_UPLINKS];
+};
+
 /* settings: written once by the agent before anything is attached. */
 struct lbh_settings {
 	u64 verdict_after_ns;	/* a handshake without an answer gets its verdict at this age */

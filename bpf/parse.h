@@ -83,6 +83,7 @@ static __always_inline int lbh_parse_tcp(struct __sk_buff *skb, u32 offset, stru
 static __always_inline int lbh_parse_ipv4(struct __sk_buff *skb, u32 offset, struct lbh_packet *packet)
 {
 	struct iphdr buffer, *ip = lbh_header(skb, offset, &buffer, sizeof(buffer));
+	int parsed;
 
 	if (!ip)
 		return LBH_PARSE_TRUNCATED;
@@ -90,13 +91,16 @@ static __always_inline int lbh_parse_ipv4(struct __sk_buff *skb, u32 offset, str
 		return LBH_OTHER;
 	if (ip->frag_off & bpf_htons(0x1fff))
 		return LBH_PARSE_FRAGMENT;
+	parsed = lbh_parse_tcp(skb, offset + ip->ihl * 4, packet);
+	if (parsed != LBH_HANDSHAKE)
+		return parsed;
 	packet->source.words[0] = packet->source.words[1] = 0;
 	packet->source.words[2] = bpf_htonl(0xffff);
 	packet->source.words[3] = ip->saddr;
 	packet->destination.words[0] = packet->destination.words[1] = 0;
 	packet->destination.words[2] = bpf_htonl(0xffff);
 	packet->destination.words[3] = ip->daddr;
-	return lbh_parse_tcp(skb, offset + ip->ihl * 4, packet);
+	return LBH_HANDSHAKE;
 }
 
 static __always_inline int lbh_parse_ipv6(struct __sk_buff *skb, u32 offset, struct lbh_packet *packet)
@@ -141,6 +145,41 @@ static __always_inline int lbh_parse_ipv6(struct __sk_buff *skb, u32 offset, str
 		next = extension->next;
 	}
 	return LBH_PARSE_EXTENSION;
+}
+
+/*
+ * Whether a packet is of no interest at a glance: a few instructions for what nearly all traffic is, plain IP that is
+ * no TCP, and whole TCP segments without the flags of a handshake. What it does not know it leaves to lbh_parse.
+ */
+static __always_inline bool lbh_is_dull(struct __sk_buff *skb, bool ethernet, bool ingress)
+{
+	u8 *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end, flags;
+	u8 *ip = data + (ethernet ? ETH_HLEN : 0);
+	u16 ethertype;
+
+	if (ip + sizeof(struct iphdr) + sizeof(struct tcphdr) > end)
+		return false;
+	ethertype = ethernet ? *(u16 *)(data + 2 * ETH_ALEN) : skb->protocol;
+	if (ethertype == bpf_htons(ETH_P_IP)) {
+		struct iphdr *header = (void *)ip;
+
+		if (header->protocol != IPPROTO_TCP)
+			return true;
+		if (ip[0] != 0x45 || header->frag_off & bpf_htons(0x1fff))
+			return false;
+		flags = ip[sizeof(*header) + 13];
+	} else if (ethertype == bpf_htons(ETH_P_IPV6)) {
+		struct ipv6hdr *header = (void *)ip;
+
+		if (ip + sizeof(*header) + sizeof(struct tcphdr) > end || header->nexthdr != IPPROTO_TCP)
+			return false;
+		flags = ip[sizeof(*header) + 13];
+	} else {
+		return false;
+	}
+	if (ingress)
+		return (flags & (LBH_TCP_SYN | LBH_TCP_ACK | LBH_TCP_RST | LBH_TCP_FIN)) != LBH_TCP_SYN;
+	return !(flags & (LBH_TCP_SYN | LBH_TCP_RST));
 }
 
 /*

@@ -288,18 +288,21 @@ class Agent:
             uplinks = find_uplinks(links, *self._netlink.gateway_links())
         else:
             uplinks = frozenset(link.index for link in links if config.uplinks.matches(link.name))
-        self._tables.set_uplinks(uplinks)
-        self._hooks.reconcile([link for link in links if config.interfaces.matches(link.name)])
         names = {link.index: link.name for link in links}
+        too_many = self._tables.set_uplinks(uplinks)
+        self._hooks.reconcile([link for link in links if config.interfaces.matches(link.name)])
+        problems = self._hooks.problems | {
+            names[index]: "one uplink too many: what comes in here counts as internal" for index in too_many
+        }
         self._health.report(
             "interfaces",
-            healthy=bool(self._hooks.interfaces) and not self._hooks.problems,
+            healthy=bool(self._hooks.interfaces) and not problems,
             vital=not self._hooks.interfaces,
             detail={
                 "method": self._hooks.method,
                 "hooked": self._hooks.interfaces,
                 "uplinks": sorted(names[index] for index in uplinks),
-                "problems": self._hooks.problems,
+                "problems": problems,
             },
         )
 

@@ -95,6 +95,9 @@ SETTINGS = struct.Struct("=QQQQ")
 """`struct lbh_settings`, see `Settings`."""
 RECORD = struct.Struct("=QQQQQ16s16s16s2s2s2sBBIIIIH6x")
 """`struct lbh_record`, see `Record`."""
+MAX_UPLINKS = 64
+UPLINKS = struct.Struct(f"={MAX_UPLINKS}I")
+"""`struct lbh_uplinks`: interface indexes, ended by a zero."""
 VIP_STATS_WORDS = 2 + 2 * len(Unforwarded) + 1
 HISTOGRAM_WORDS = 1 + BUCKETS
 HOP_STATS_WORDS = 7 + 2 * HISTOGRAM_WORDS

@@ -28,7 +28,6 @@ class Sizes(NamedTuple):
     vip_ports: int = 16_384
     backends: int = 262_144
     hops: int = 65_536
-    uplinks: int = 1_024
     table_buckets: int = 4_096
     """Of 8 handshakes and 1,088 bytes each: 32,768 handshakes."""
     ring_pages: int = 256
@@ -40,7 +39,6 @@ class Sizes(NamedTuple):
             "LBH_MAX_VIP_PORTS": self.vip_ports,
             "LBH_MAX_BACKENDS": self.backends,
             "LBH_MAX_HOPS": self.hops,
-            "LBH_MAX_UPLINKS": self.uplinks,
             "LBH_TABLE_BUCKETS": self.table_buckets,
             "LBH_RING_PAGES": self.ring_pages,
         }
@@ -153,7 +151,7 @@ def load(sizes: Sizes | None = None) -> Loaded:
         backends=Map(fd_of["backends"], layout.BACKEND_KEY.size, 4),
         vip_stats=Map(fd_of["vip_stats"], 4, layout.VIP_STATS_WORDS * 8, per_cpu=True),
         hop_stats=Map(fd_of["hop_stats"], 4, layout.HOP_STATS_WORDS * 8, per_cpu=True),
-        uplinks=Map(fd_of["uplinks"], 4, 1),
+        uplinks=Map(fd_of["uplinks"], 4, layout.UPLINKS.size),
         settings=Map(fd_of["settings"], 4, layout.SETTINGS.size),
         events=Map(fd_of["events"], 4, 8, per_cpu=True),
         records_fd=fd_of["records"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
-from otel_lb_hop.core.layout import Event, sum_cpus, unpack_hop_stats, unpack_vip_stats
+from otel_lb_hop.core.layout import MAX_UPLINKS, UPLINKS, Event, sum_cpus, unpack_hop_stats, unpack_vip_stats
 
 if TYPE_CHECKING:
     from otel_lb_hop.core.layout import HopStats, Settings, VipStats
@@ -75,7 +75,7 @@ class KernelTables:
             "backends": (len(self._backends), sizes.backends),
             "vip_stats": (len(self._vip_ids), sizes.vip_ports),
             "hop_stats": (len(self._hop_ids), sizes.hops),
-            "uplinks": (len(self._uplinks), sizes.uplinks),
+            "uplinks": (len(self._uplinks), MAX_UPLINKS),
         }
 
     def _add_rows(self, vip_ids: frozenset[int], hop_ids: frozenset[int]) -> None:
@@ -86,13 +86,13 @@ class KernelTables:
             self._loaded.hop_stats.put(_id(number), b"")
             self._hop_ids.add(number)
 
-    def set_uplinks(self, indexes: frozenset[int]) -> None:
-        """Tell which interfaces lead out of the cluster."""
-        for index in indexes - self._uplinks:
-            self._loaded.uplinks.put(_id(index), b"\1")
-        for index in self._uplinks - indexes:
-            self._loaded.uplinks.delete(_id(index))
-        self._uplinks = indexes
+    def set_uplinks(self, indexes: frozenset[int]) -> frozenset[int]:
+        """Tell which interfaces lead out of the cluster; answers those that found no room (over `MAX_UPLINKS`)."""
+        taken = sorted(indexes)[:MAX_UPLINKS]
+        if frozenset(taken) != self._uplinks:
+            self._loaded.uplinks.put(_id(0), UPLINKS.pack(*taken, *[0] * (MAX_UPLINKS - len(taken))))
+            self._uplinks = frozenset(taken)
+        return indexes - self._uplinks
 
     def snapshot(self) -> Snapshot:
         """Read every row. A row that the kernel does not have is left out."""

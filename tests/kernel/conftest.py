@@ -44,7 +44,7 @@ def _wide(namespace: Namespace) -> Iterator[Rig]:
 
 @pytest.fixture(scope="session")
 def _narrow(namespace: Namespace) -> Iterator[Rig]:
-    yield from _rig(Sizes(vip_ports=8, backends=8, hops=16, uplinks=2, table_buckets=1, ring_pages=1), namespace)
+    yield from _rig(Sizes(vip_ports=8, backends=8, hops=16, table_buckets=1, ring_pages=1), namespace)
 
 
 @pytest.fixture

@@ -142,13 +142,14 @@ class Rig:
         self._record_due.put(zero, b"")
         self._cursor.put(zero, b"")
         loaded = self.loaded
-        for table in (loaded.vip_ports, loaded.backends, loaded.vip_stats, loaded.hop_stats, loaded.uplinks):
+        for table in (loaded.vip_ports, loaded.backends, loaded.vip_stats, loaded.hop_stats):
             for key in list(table.keys()):
                 table.delete(key)
         for event in Event:
             loaded.events.put(struct.pack("=I", event), b"")
         while self.records():
             pass
+        loaded.uplinks.put(zero, b"")
         self.topology = Topology(NODE)
         self.tables = KernelTables(loaded)
         self.tables.set_uplinks(frozenset({self.uplink}))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from otel_lb_hop.core.layout import HOP_STATS_WORDS, VIP_KEY, VIP_VALUE, Event, unpack_hop_stats
+from otel_lb_hop.core.layout import HOP_STATS_WORDS, MAX_UPLINKS, UPLINKS, VIP_KEY, VIP_VALUE, Event, unpack_hop_stats
 from otel_lb_hop.kernel.bpf import Map, possible_cpus, run_program
 from otel_lb_hop.kernel.loader import PROGRAMS
 from tests.kernel.packets import End
@@ -139,6 +139,16 @@ def test_tables_are_brought_to_what_is_wanted(rig: Rig) -> None:
 
 def test_uplinks_come_and_go(rig: Rig) -> None:
     """The set of uplinks in the kernel is the one that was told last."""
-    rig.tables.set_uplinks(frozenset({3, 5}))
-    rig.tables.set_uplinks(frozenset({5, 7}))
-    assert sorted(struct.unpack("=I", key)[0] for key in rig.loaded.uplinks.keys()) == [5, 7]  # noqa: SIM118
+    assert rig.tables.set_uplinks(frozenset({3, 5})) == frozenset()
+    assert rig.tables.set_uplinks(frozenset({7, 5})) == frozenset()
+    told = rig.loaded.uplinks.get(bytes(4))
+    assert told is not None
+    assert [index for index in UPLINKS.unpack(told) if index] == [5, 7]
+
+
+def test_more_uplinks_than_fit(rig: Rig) -> None:
+    """The first 64 uplinks are told to the kernel and the others to the caller."""
+    assert rig.tables.set_uplinks(frozenset(range(1, MAX_UPLINKS + 3))) == {MAX_UPLINKS + 1, MAX_UPLINKS + 2}
+    told = rig.loaded.uplinks.get(bytes(4))
+    assert told is not None
+    assert UPLINKS.unpack(told) == tuple(range(1, MAX_UPLINKS + 1))

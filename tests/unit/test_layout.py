@@ -33,7 +33,7 @@ int main(void)
 {
     printf("{");
     SIZE(lbh_vip_key) SIZE(lbh_vip) SIZE(lbh_backend_key) SIZE(lbh_vip_stats) SIZE(lbh_hop_stats)
-    SIZE(lbh_handshake) SIZE(lbh_tags) SIZE(lbh_record) SIZE(lbh_settings) SIZE(lbh_histogram)
+    SIZE(lbh_handshake) SIZE(lbh_tags) SIZE(lbh_record) SIZE(lbh_settings) SIZE(lbh_uplinks) SIZE(lbh_histogram)
     @FIELDS@
     @NUMBERS@
     printf("\"bounds\": [%s]}", (LBH_BOUNDS(BOUND)) + 1);
@@ -45,10 +45,12 @@ FIELDS = {
     "lbh_vip_key": (layout.VIP_KEY, ("address", "port", "transport")),
     "lbh_vip": (layout.VIP_VALUE, ("vip_id", "unforwarded")),
     "lbh_backend_key": (layout.BACKEND_KEY, ("vip_id", "address", "port")),
+    "lbh_uplinks": (layout.UPLINKS, ("ifindexes",)),
     "lbh_settings": (layout.SETTINGS, layout.Settings._fields),
     "lbh_record": (layout.RECORD, layout.Record._fields),
 }
 NUMBERS = {
+    "LBH_MAX_UPLINKS": layout.MAX_UPLINKS,
     "LBH_LAYOUT_VERSION": layout.LAYOUT_VERSION,
     "LBH_BUCKETS": layout.BUCKETS,
     "LBH_UNFORWARDED_REASONS": len(layout.Unforwarded),
@@ -94,7 +96,7 @@ def _offsets(form: struct.Struct, names: tuple[str, ...]) -> dict[str, int]:
     empty = [b"" if isinstance(value, bytes) else 0 for value in values]
     offsets = {}
     for index, name in enumerate(names):
-        packed = form.pack(*[values[i] if i == index else empty[i] for i in range(len(names))])
+        packed = form.pack(*[values[i] if i == index else empty[i] for i in range(len(values))])
         start = next(i for i, byte in enumerate(packed) if byte)
         # A multi-byte 1 shows at its low end only.
         offsets[name] = start if sys.byteorder == "little" or isinstance(values[index], bytes) else -1
