@@ -11,6 +11,7 @@ netlink monitor have threads of their own and meet the loop only in queues, even
 
 from __future__ import annotations
 
+import gc
 import logging
 import socket
 import time
@@ -27,7 +28,6 @@ from otel_lb_hop.export.records import RecordBuilder
 from otel_lb_hop.export.resource import make_resource
 from otel_lb_hop.export.sdk import make_exporters
 from otel_lb_hop.export.shipper import MetricsShipper, Shipper
-from otel_lb_hop.kernel import loader
 from otel_lb_hop.kernel.bpf import run_program
 from otel_lb_hop.kernel.hooks import Hooks
 from otel_lb_hop.kernel.netlink import Monitor, Netlink
@@ -38,9 +38,11 @@ from otel_lb_hop.ops.health import Health
 
 if TYPE_CHECKING:
     import threading
+    from concurrent.futures import Future
 
     from otel_lb_hop.config import Config
     from otel_lb_hop.errors import Problem
+    from otel_lb_hop.kernel.loader import Loaded
     from otel_lb_hop.model import Cluster
 
 log = logging.getLogger(__name__)
@@ -73,8 +75,9 @@ def _read_clocks() -> _Clocks:
 class Agent:
     """Everything that runs on one node. Made whole or not at all: `start` raises, `run` does not."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, loading: Future[Loaded]) -> None:
         self._config = config
+        self._loading = loading
         self._health = Health()
         self._topology = Topology(config.node_name)
         self._source = FileSource(config.vips_file) if config.vips_file else None
@@ -87,7 +90,7 @@ class Agent:
         config = self._config
         cluster, exporters = self._read_sources_and_targets()
         self._api = LocalApi(config.listen, self._health) if config.listen else None
-        self._loaded = loader.load()
+        self._loaded = self._loading.result()
         self._tables = KernelTables(self._loaded)
         self._tables.set_settings(self._settings(VERDICT_AFTER_NS))
         self._ring = Ring(self._loaded.records_fd, self._loaded.sizes.ring_pages)
@@ -99,6 +102,8 @@ class Agent:
         self._reconcile_interfaces()
         self._require_a_hook()
         self._make_exports(exporters, cluster)
+        # What only the start needed goes back to the system.
+        gc.collect()
         log.info(
             "counting on %s (%s), %d VIP ports; compiled in %.2f s",
             ", ".join(self._hooks.interfaces), self._hooks.method, self._topology.watched, self._loaded.compile_seconds,

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from otel_lb_hop import __version__
-from otel_lb_hop.agent import Agent
 from otel_lb_hop.cluster.file_source import FileSource
 from otel_lb_hop.config import VIPS_FILE, Config, closest_setting
 from otel_lb_hop.errors import ConfigError, KernelError
+from otel_lb_hop.kernel.loader import Sizes, begin_loading, ring_pages
 from otel_lb_hop.ops.logs import set_up_logging
 
 if TYPE_CHECKING:
@@ -59,7 +59,11 @@ def run(environ: Mapping[str, str]) -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    agent = Agent(config)
+    loading = begin_loading(Sizes(ring_pages=ring_pages(config.record_rate)))
+    # The agent's imports go on while the child compiles.
+    from otel_lb_hop.agent import Agent  # noqa: PLC0415
+
+    agent = Agent(config, loading)
     agent.start()
     agent.run(stop)
 

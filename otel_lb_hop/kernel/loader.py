@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import platform
 import re
 import socket
 import subprocess
 import sys
+import threading
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,8 +33,8 @@ class Sizes(NamedTuple):
     hops: int = 65_536
     table_buckets: int = 4_096
     """Of 8 handshakes and 1,088 bytes each: 32,768 handshakes."""
-    ring_pages: int = 256
-    """1 MiB: 8,192 records, eight seconds of the default record rate."""
+    ring_pages: int = 64
+    """A power of two; its memory is mapped twice into the process, and counts as its own."""
 
     def defines(self) -> dict[str, int]:
         """Name them as the C source does."""
@@ -59,6 +62,16 @@ class Loaded:
     records_fd: int
     sizes: Sizes
     compile_seconds: float
+
+
+SMALLEST_RING_PAGES = 16
+LARGEST_RING_PAGES = 4_096
+
+
+def ring_pages(records_per_second: int) -> int:
+    """Choose a ring that holds the records of two seconds: the burst that the rate allows, and what comes behind it."""
+    wanted = 2 * records_per_second * (layout.RECORD.size + layout.RING_HEADER) // mmap.PAGESIZE
+    return min(max(SMALLEST_RING_PAGES, 1 << wanted.bit_length()), LARGEST_RING_PAGES)
 
 
 _MAPS = ("vip_ports", "backends", "vip_stats", "hop_stats", "uplinks", "settings", "events", "records")
@@ -158,3 +171,17 @@ def load(sizes: Sizes | None = None) -> Loaded:
         sizes=sizes,
         compile_seconds=answer["seconds"],
     )
+
+
+def begin_loading(sizes: Sizes) -> Future[Loaded]:
+    """Load in the background; the result, or KernelError, is in the future. It ends with the process."""
+    future: Future[Loaded] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(load(sizes))
+        except BaseException as error:  # noqa: BLE001 - whatever it is, whoever waits has to hear of it
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="load", daemon=True).start()
+    return future

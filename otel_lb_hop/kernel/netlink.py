@@ -10,11 +10,13 @@ import socket
 import threading
 from typing import TYPE_CHECKING, Any
 
-from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
-from pyroute2.netlink.rtnl import RTMGRP_IPV4_ROUTE, RTMGRP_IPV6_ROUTE, RTMGRP_LINK
-
 from otel_lb_hop.core.interfaces import Link
+from otel_lb_hop.kernel.slim_import import without_package_init
+
+with without_package_init("pyroute2"):
+    from pyroute2.iproute.linux import IPRoute
+    from pyroute2.netlink.exceptions import NetlinkError
+    from pyroute2.netlink.rtnl import RTMGRP_IPV4_ROUTE, RTMGRP_IPV6_ROUTE, RTMGRP_LINK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from otel_lb_hop import __version__, cli
+from otel_lb_hop import __version__, agent, cli
 from otel_lb_hop.errors import ConfigError, KernelError, Problem
 
 if TYPE_CHECKING:
     import threading
     from collections.abc import Iterator
+    from concurrent.futures import Future
     from pathlib import Path
 
     from otel_lb_hop.config import Config
+    from otel_lb_hop.kernel.loader import Loaded, Sizes
 
 GOOD_FILE = "services:\n- {name: a/b, vips: [10.0.0.1], ports: [{port: 80}]}\n"
 
@@ -29,8 +31,9 @@ class FakeAgent:
     signal = signal.SIGTERM
     last: FakeAgent | None = None
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, loading: Future[Loaded]) -> None:
         self.config = config
+        self.loading = loading
         self.stopped = False
         FakeAgent.last = self
 
@@ -46,13 +49,19 @@ class FakeAgent:
         self.stopped = stop.wait(10)
 
 
+begun: list[Sizes] = []
+"""What was told to be loaded."""
+
+
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Start with no settings and the stand-in, and put signals and the root logger back in the end."""
     for name in [name for name in os.environ if name.startswith("OTEL_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr(cli, "Agent", FakeAgent)
+    monkeypatch.setattr(agent, "Agent", FakeAgent)
+    monkeypatch.setattr(cli, "begin_loading", begun.append)
     monkeypatch.setattr(FakeAgent, "last", None)
+    begun.clear()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     logger = logging.getLogger()
     log_handlers, level = list(logger.handlers), logger.level
@@ -101,6 +110,7 @@ def test_run_ends_by_signal(number: signal.Signals, monkeypatch: pytest.MonkeyPa
     assert cli.main(["run"]) == 0
     assert FakeAgent.last is not None
     assert (FakeAgent.last.stopped, FakeAgent.last.config.node_name) == (True, "node7")
+    assert [sizes.ring_pages for sizes in begun] == [64]
 
 
 def test_bad_settings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
