@@ -12,11 +12,16 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.peers import build
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+# A slow machine is no failure: time belongs in the bench.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 PEER_OF = {"collector": "otelcol"}
 """Mark → the peer that tests with it need."""
