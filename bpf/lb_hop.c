@@ -53,8 +53,9 @@ static __always_inline void count_events(int event, u64 times)
 {
 	u64 *counter = events.lookup(&event);
 
+	/* Atomic, as all that the sweep counts too: a softirq may come in between on the sweep's own CPU. */
 	if (counter)
-		*counter += times;
+		__sync_fetch_and_add(counter, times);
 }
 
 static __always_inline void count_event(int event)
@@ -74,7 +75,10 @@ static __always_inline u32 tag_state(u64 tag)
 
 static __always_inline u32 tag_age(u64 tag, u64 now)
 {
-	return ((u32)(now >> LBH_TICK_SHIFT) - (u32)tag) & LBH_TICK_MASK;
+	u32 age = ((u32)(now >> LBH_TICK_SHIFT) - (u32)tag) & LBH_TICK_MASK;
+
+	/* The upper half is a tag from a moment after now was read: no age at all. */
+	return age & ((age >> 28) - 1);
 }
 
 static __always_inline u64 with_state(u64 tag, u32 state)
@@ -279,7 +283,7 @@ static __always_inline void count_unforwarded(const struct lbh_handshake *slot)
 	if (!stats)
 		count_event(LBH_NO_ROW);
 	else if (origin < LBH_ORIGINS && reason < LBH_UNFORWARDED_REASONS)
-		stats->unforwarded[origin][reason]++;
+		__sync_fetch_and_add(&stats->unforwarded[origin][reason], 1);
 }
 
 static __always_inline struct lbh_hop_stats *hop_stats_of(u32 hop_id)
@@ -300,7 +304,7 @@ static __always_inline void count_evicted(const struct lbh_handshake *slot, u32 
 		struct lbh_hop_stats *stats = hop_stats_of(slot->hop_id);
 
 		if (stats)
-			stats->evicted++;
+			__sync_fetch_and_add(&stats->evicted, 1);
 	}
 	count_event(LBH_RECORD_NO_VERDICT);
 }
@@ -568,7 +572,7 @@ static __always_inline void answer_out(const struct lbh_packet *packet)
 	struct lbh_match match = {};
 	struct lbh_handshake *slot;
 	struct lbh_hop_stats *stats;
-	u64 now;
+	u64 now, claimed;
 
 	/* Not by a look at vip_ports: a handshake outlives the VIP port that is deleted meanwhile. */
 	now = bpf_ktime_get_ns();
@@ -582,7 +586,9 @@ static __always_inline void answer_out(const struct lbh_packet *packet)
 		count_event(LBH_LATE);
 	if (state != LBH_SEEN && state != LBH_FORWARDED)
 		return;
-	if (!swap_tag(match.tag, match.seen_tag, with_state(match.seen_tag, LBH_SETTLED)))
+	/* Claimed while it is read, so that nobody puts another handshake there meanwhile. */
+	claimed = with_state(match.seen_tag, LBH_BUSY);
+	if (!swap_tag(match.tag, match.seen_tag, claimed))
 		return;
 	slot = match.slot;
 	if (state == LBH_SEEN && refused) {
@@ -607,9 +613,10 @@ static __always_inline void answer_out(const struct lbh_packet *packet)
 			verdict = LBH_VERDICT_REFUSED;
 	}
 	send_record(slot, isn, verdict, now);
+	swap_tag(match.tag, claimed, with_state(claimed, LBH_SETTLED));
 }
 
-/* Gives the verdict over a slot that has waited long enough; its tag is already in UNANSWERED. */
+/* Gives the verdict over a slot that has waited long enough; tag is as it was before the slot was claimed. */
 static __always_inline void close_overdue(const struct lbh_handshake *slot, u64 tag, u64 now)
 {
 	struct lbh_hop_stats *stats;
@@ -625,7 +632,7 @@ static __always_inline void close_overdue(const struct lbh_handshake *slot, u64 
 		if (!again && now - slot->syn_ns < LBH_FIRST_RETRANSMIT_NS) {
 			/* Only when the agent ends: too early to say whether the client would have asked again. */
 			if (stats)
-				stats->evicted++;
+				__sync_fetch_and_add(&stats->evicted, 1);
 			count_event(LBH_RECORD_NO_VERDICT);
 			return;
 		}
@@ -717,8 +724,10 @@ int lbh_sweep(struct __sk_buff *skb)
 		if ((u64)tag_age(tag, now) << LBH_TICK_SHIFT < config->verdict_after_ns)
 			continue;
 		slot = slot_of(bucket, i);
-		if (slot && swap_tag(&tags->ways[i], tag, with_state(tag, LBH_UNANSWERED)))
-			close_overdue(slot, tag, now);
+		if (!slot || !swap_tag(&tags->ways[i], tag, with_state(tag, LBH_BUSY)))
+			continue;
+		close_overdue(slot, tag, now);
+		swap_tag(&tags->ways[i], with_state(tag, LBH_BUSY), with_state(tag, LBH_UNANSWERED));
 	}
 	return TC_ACT_UNSPEC;
 }

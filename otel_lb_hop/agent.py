@@ -21,13 +21,13 @@ from otel_lb_hop.cluster.file_source import FileSource
 from otel_lb_hop.core import hops, ids
 from otel_lb_hop.core.interfaces import find_uplinks
 from otel_lb_hop.core.layout import Settings
-from otel_lb_hop.core.topology import Topology
+from otel_lb_hop.core.topology import KEEP_RETIRED_NS, Topology
 from otel_lb_hop.errors import ConfigError, KernelError
 from otel_lb_hop.export.metrics import MetricsBuilder, SelfReport
 from otel_lb_hop.export.records import RecordBuilder
 from otel_lb_hop.export.resource import make_resource
 from otel_lb_hop.export.sdk import make_exporters
-from otel_lb_hop.export.shipper import MetricsShipper, Shipper
+from otel_lb_hop.export.shipper import MetricsShipper, Shipper, Snapshotted
 from otel_lb_hop.kernel.bpf import run_program
 from otel_lb_hop.kernel.hooks import Hooks
 from otel_lb_hop.kernel.netlink import Monitor, Netlink
@@ -37,18 +37,20 @@ from otel_lb_hop.ops.api import LocalApi
 from otel_lb_hop.ops.health import Health
 
 if TYPE_CHECKING:
-    import threading
+    from collections.abc import Callable
     from concurrent.futures import Future
 
     from otel_lb_hop.config import Config
+    from otel_lb_hop.core.topology import Tables
     from otel_lb_hop.errors import Problem
     from otel_lb_hop.kernel.loader import Loaded
     from otel_lb_hop.model import Cluster
+    from otel_lb_hop.ops.stop import Stop
 
 log = logging.getLogger(__name__)
 
-TICK_SECONDS = 0.2
-SWEEP_TICKS = 10
+TICK_SECONDS = 0.25
+SWEEP_TICKS = 8
 """The handshake table is swept in this many parts, one a tick: each slot is looked at every two seconds."""
 SOURCE_SECONDS = 1.0
 INTERFACES_SECONDS = 30.0
@@ -56,6 +58,8 @@ DRAIN_RECORDS = 2_048
 """At most so many at a time, so that nothing else waits long in a burst."""
 SHUTDOWN_SECONDS = 4.0
 METRICS_RESERVE_SECONDS = 1.0
+SETTLED_NS = 10 * 10**9
+"""Out of use for so long, a VIP port has no handshake open any more."""
 VERDICT_AFTER_NS = 5 * 10**9
 """A client that gets no answer sends its SYN again after one second (RFC 6298, 2.1), and at least once more by now."""
 
@@ -84,6 +88,8 @@ class Agent:
         self._unresolved = 0
         self._abandoned = 0
         self._due: dict[str, float] = {}
+        self._failed: set[str] = set()
+        self._pending: Tables | None = None
 
     def start(self) -> None:
         """Read the topology, load the programs, attach them. Raises ConfigError or KernelError."""
@@ -152,7 +158,7 @@ class Agent:
         self._logs = Shipper("logs", exporters["logs"])
         self._traces = Shipper("traces", exporters["traces"])
 
-    def run(self, stop: threading.Event) -> None:
+    def run(self, stop: Stop) -> None:
         """Work until `stop` is set, then send what is left within `SHUTDOWN_SECONDS`."""
         wait_seconds = 0.0
         while not stop.wait(wait_seconds):
@@ -162,19 +168,34 @@ class Agent:
 
     def _tick(self, now: float) -> bool:
         """Do what is due; answers whether more records wait than one turn takes."""
-        more = self._drain()
+        more = bool(self._attempt("records", self._drain))
         if self._is_due("sweep", now, TICK_SECONDS):
-            self._sweep()
+            self._attempt("sweep", self._sweep)
         if self._is_due("source", now, SOURCE_SECONDS):
-            self._poll_source()
+            self._attempt("topology", self._poll_source)
             self._report_exports()
         if self._monitor.changed.is_set() or self._is_due("interfaces", now, INTERFACES_SECONDS):
             self._monitor.changed.clear()
-            self._follow_interfaces()
+            self._attempt("interfaces", self._reconcile_interfaces)
         if self._is_due("metrics", now, self._config.metric_export_interval_ms / 1e3):
-            self._export_metrics()
+            self._attempt("counters", self._export_metrics)
         self._health.beat(now)
         return more
+
+    def _attempt(self, part: str, work: Callable[[], bool | None]) -> bool | None:
+        """Do one step of the loop; what goes wrong in it is told and degrades its part, and the loop goes on."""
+        try:
+            done = work()
+        except Exception as error:
+            log.exception("%s: %s; the next try follows", part, type(error).__name__)
+            self._health.report(part, healthy=False, vital=False, detail=f"{type(error).__name__}: {error}")
+            self._failed.add(part)
+            return None
+        if part in self._failed:
+            self._failed.discard(part)
+            if part in {"records", "sweep", "counters"}:  # the others report on themselves
+                self._health.report(part, healthy=True, vital=False)
+        return done
 
     def _is_due(self, task: str, now: float, every: float) -> bool:
         if now < self._due.setdefault(task, now + every):
@@ -200,8 +221,12 @@ class Agent:
             self._traces.offer([self._record_builder.span(each) for each in connections])
         return taken == DRAIN_RECORDS
 
-    def _sweep(self, ticks: int = SWEEP_TICKS) -> None:
-        run_program(self._loaded.programs["lbh_sweep"], repeat=-(-self._loaded.sizes.table_buckets // ticks))
+    def _sweep(self) -> None:
+        run_program(self._loaded.programs["lbh_sweep"], repeat=-(-self._loaded.sizes.table_buckets // SWEEP_TICKS))
+
+    def _sweep_all(self) -> None:
+        self._tables.set_settings(self._settings(0))
+        run_program(self._loaded.programs["lbh_sweep"], repeat=self._loaded.sizes.table_buckets)
 
     # packets ─ counters ─ snapshot ─ metrics
 
@@ -212,12 +237,23 @@ class Agent:
             return
         snapshot = self._tables.snapshot()
         self._metrics.offer(
-            [self._metrics_builder.build(snapshot.vips, snapshot.hops, self._self_report(snapshot.events), now_ns)]
+            [
+                Snapshotted(
+                    self._metrics_builder.build(
+                        snapshot.vips, snapshot.hops, self._self_report(snapshot.events), now_ns
+                    ),
+                    now_ns,
+                )
+            ]
         )
 
     def _forget_rows(self, now_ns: int) -> None:
         hop_rows = dict(self._topology.hops.by_id)
-        for hop_id, last in self._tables.keep_rows(self._topology.rows(now_ns)).items():
+        retired_before_ns = now_ns - KEEP_RETIRED_NS
+        if self._metrics.enabled:
+            # What nobody has received yet is not forgotten, however long the Collector is away.
+            retired_before_ns = min(retired_before_ns, self._metrics.exported_ns - SETTLED_NS)
+        for hop_id, last in self._tables.keep_rows(self._topology.rows(retired_before_ns)).items():
             row = hop_rows[hop_id]
             if self._metrics.enabled:
                 self._metrics_builder.carry_over(row.vip_id, row.hop, last)
@@ -251,40 +287,40 @@ class Agent:
         except ConfigError as error:
             if self._health.parts()["topology"].detail != str(error):
                 log.warning("the VIP file is wrong, the table before it stays:\n%s", error)
-            self._health.report("topology", healthy=False, vital=False, detail=str(error))
+            self._health.report("topology", healthy=False, vital=self._pending is not None, detail=str(error))
             return
         if cluster is not None:
             self._take_over(cluster)
+        elif self._pending is not None:
+            self._write_tables()
         elif self._health.parts()["topology"].healthy:
             self._topology.confirm(time.time_ns())
 
     def _take_over(self, cluster: Cluster) -> None:
         tables = self._topology.update(cluster, time.time_ns())
+        self._pending = tables
+        self._write_tables()
+
+    def _write_tables(self) -> None:
+        if self._pending is None:
+            return
         skipped = [
             f"{each.vip_port.namespace}/{each.vip_port.service} port {each.vip_port.port}: {each.reason}"
             for each in self._topology.skipped
         ]
         try:
-            self._tables.apply(tables)
+            self._tables.apply(self._pending)
         except OSError as error:
-            text = f"the kernel's tables do not hold the topology: {error}"
+            text = f"the kernel's tables do not hold the topology, the next try follows: {error}"
             self._health.report("topology", healthy=False, vital=True, detail=text)
             log.error(text)  # noqa: TRY400 - the errno is all there is
             return
+        self._pending = None
         detail = {"vip_ports": self._topology.watched, "skipped": skipped}
         self._health.report("topology", healthy=True, vital=True, detail=detail)
         log.info("topology: %d VIP ports, %d skipped", self._topology.watched, len(skipped))
 
     # interfaces
-
-    def _follow_interfaces(self) -> None:
-        try:
-            self._reconcile_interfaces()
-        except OSError as error:
-            # What is hooked stays hooked; the next change or half a minute brings the next try.
-            log.warning("the interfaces cannot be followed: %s", error)
-            detail = {"hooked": self._hooks.interfaces, "error": str(error)}
-            self._health.report("interfaces", healthy=False, vital=not self._hooks.interfaces, detail=detail)
 
     def _reconcile_interfaces(self) -> None:
         config = self._config
@@ -327,9 +363,8 @@ class Agent:
         deadline = time.monotonic() + SHUTDOWN_SECONDS
         self._hooks.close()
         # Nobody will see an answer any more: what is open gets its verdict now, or it would vanish uncounted.
-        self._tables.set_settings(self._settings(0))
-        self._sweep(ticks=1)
-        while self._drain() and time.monotonic() < deadline - METRICS_RESERVE_SECONDS:
+        self._attempt("sweep", self._sweep_all)
+        while self._attempt("records", self._drain) and time.monotonic() < deadline - METRICS_RESERVE_SECONDS:
             pass
         self._abandoned = self._ring.pending_records
         for shipper in (self._logs, self._traces):
@@ -339,7 +374,7 @@ class Agent:
             if shipper.enabled:
                 log.info("%s: %s", shipper.signal, shipper.ledger())
         # Last, so that they tell what became of the last records.
-        self._export_metrics()
+        self._attempt("counters", self._export_metrics)
         self._metrics.close(deadline)
         self._monitor.close()
         self._netlink.close()

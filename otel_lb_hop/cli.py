@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ from otel_lb_hop.config import VIPS_FILE, Config, closest_setting
 from otel_lb_hop.errors import ConfigError, KernelError
 from otel_lb_hop.kernel.loader import Sizes, begin_loading, ring_pages
 from otel_lb_hop.ops.logs import set_up_logging
+from otel_lb_hop.ops.stop import Stop
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -46,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KernelError as error:
         print(f"otel-lb-hop: {error}", file=sys.stderr)
         return EXIT_KERNEL
+    except OSError as error:
+        print(f"otel-lb-hop: the system refused: {error}; CAP_BPF and CAP_NET_ADMIN are needed", file=sys.stderr)
+        return EXIT_KERNEL
     return 0
 
 
@@ -56,7 +59,7 @@ def run(environ: Mapping[str, str]) -> None:
     for name in config.unknown:
         near = closest_setting(name)
         log.warning("%s is no setting%s", name, f"; is {near} meant?" if near else "")
-    stop = threading.Event()
+    stop = Stop()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     loading = begin_loading(Sizes(ring_pages=ring_pages(config.record_rate)))

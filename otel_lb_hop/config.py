@@ -212,7 +212,7 @@ RECORD_RATIO: Final = Setting(
     PREFIX + "RECORD_RATIO",
     "1.0",
     "a number from 0 to 1",
-    "Share of connections that get log records and spans; metrics always count all.",
+    "Share of good connections that get a log record and a span; failures always do, metrics count all.",
     _record_ratio,
 )
 RECORD_RATE: Final = _integer(

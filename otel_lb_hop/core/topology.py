@@ -177,10 +177,10 @@ class Topology:
         self.hops.retire_all_but(hop_ids, now_ns)
         return Tables(vip_table, backend_table, frozenset(self.placements), frozenset(hop_ids))
 
-    def rows(self, now_ns: int) -> Rows:
-        """Forget the rows that were retired long enough ago, and tell which ones the kernel has to keep."""
-        self.vips.forget_before(now_ns - KEEP_RETIRED_NS)
-        self.hops.forget_before(now_ns - KEEP_RETIRED_NS)
+    def rows(self, retired_before_ns: int) -> Rows:
+        """Forget the rows that were retired until then, and tell which ones the kernel has to keep."""
+        self.vips.forget_before(retired_before_ns)
+        self.hops.forget_before(retired_before_ns)
         return Rows(frozenset(self.vips.by_id), frozenset(self.hops.by_id))
 
     def _vip_id(self, vip_port: VipPort, now_ns: int) -> int:

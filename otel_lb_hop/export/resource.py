@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def make_resource(node_name: str, host_name: str, zone: str | None, region: str | None) -> Resource:
     """Describe this agent.
 
-    The instance id is the same after a restart on the same node, because the counters go on as well.
+    The instance id is the same after a restart on the same node, so that its series go on with a new start time.
     """
     attributes: dict[str, AttributeValue] = {
         semconv.RESOURCE_SERVICE_NAME: semconv.SERVICE_NAME,

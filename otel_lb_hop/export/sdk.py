@@ -50,8 +50,6 @@ def make_exporters(signal: str, config: SignalConfig) -> list[Any]:
     available = {entry.name: entry for entry in entry_points(group=group)}
     exporters = []
     for name in config.exporters:
-        if name == "none":
-            continue
         wanted = _OTLP_ENTRY_POINT[config.protocol] if name == "otlp" else name
         if wanted not in available:
             raise ConfigError([Problem(variable, name, f"otlp, none, or one of {', '.join(sorted(available))}")])

@@ -152,6 +152,13 @@ class Shipper:
         return False
 
 
+class Snapshotted(NamedTuple):
+    """One export of metrics and the time of its snapshot."""
+
+    data: Any
+    taken_ns: int
+
+
 class MetricsShipper(Shipper):
     """The metrics' way: only the newest snapshot waits, since a cumulative one says all that the older would."""
 
@@ -161,7 +168,15 @@ class MetricsShipper(Shipper):
 
     def __init__(self, exporters: Sequence[Any], timeout_ms: int) -> None:
         self._timeout_ms = timeout_ms
+        self.exported_ns = 0
+        """Time of the newest snapshot that every exporter took."""
         super().__init__("metrics", exporters, queue_records=1)
 
     def _send(self, exporter: Any, batch: list[Any]) -> Any:  # noqa: ANN401 - as above
-        return exporter.export(batch[0], timeout_millis=self._timeout_ms)
+        return exporter.export(batch[0].data, timeout_millis=self._timeout_ms)
+
+    def _export(self, batch: list[Any]) -> bool:
+        good = super()._export(batch)
+        if good:
+            self.exported_ns = batch[0].taken_ns
+        return good

@@ -135,7 +135,12 @@ def run_program(fd: int, packet: bytes = b"", repeat: int = 1, context: bytes = 
         ),
         _ATTRIBUTES_SIZE,
     )  # fmt: skip
-    _call(_PROG_TEST_RUN, attributes)
+    while True:
+        try:
+            _call(_PROG_TEST_RUN, attributes)
+            break
+        except InterruptedError:
+            continue  # a signal came between two repeats; what the program did so far it did
     _, result, _, out_size = struct.unpack_from("=IIII", attributes)
     (duration,) = struct.unpack_from("=I", attributes, 36)
     return result, out.raw[:out_size], duration

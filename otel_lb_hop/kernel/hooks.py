@@ -71,12 +71,18 @@ class ClsactAttachment:
         self._netlink = netlink
         self._ifindex = ifindex
         self._pair = pair
-        netlink.add_filter(ifindex, INGRESS_PARENT, pair.ingress_fd, pair.ingress)
-        netlink.add_filter(ifindex, EGRESS_PARENT, pair.egress_fd, pair.egress)
+        try:
+            netlink.add_filter(ifindex, INGRESS_PARENT, pair.ingress_fd, pair.ingress)
+            netlink.add_filter(ifindex, EGRESS_PARENT, pair.egress_fd, pair.egress)
+        except OSError:
+            self.detach()
+            raise
 
     def alive(self) -> bool:
         """Look whether somebody removed the qdisc, and the filters with it."""
-        return self._netlink.has_filter(self._ifindex, INGRESS_PARENT, self._pair.ingress)
+        return self._netlink.has_filter(self._ifindex, INGRESS_PARENT, self._pair.ingress) and self._netlink.has_filter(
+            self._ifindex, EGRESS_PARENT, self._pair.egress
+        )
 
     def detach(self) -> None:
         """Remove the filters, and the qdisc if nobody else uses it."""

@@ -70,7 +70,8 @@ def test_collector_comes_late(lab: Lab, protocol: str) -> None:
         assert agent.part("logs")["detail"]["error"]
         with Collector(lab) as collector:
             send(lab)
-            wait_for("a healthy agent", lambda: agent.readyz().content["degraded"] == [])
+            # gRPC waits longer after each refusal before it connects again.
+            wait_for("a healthy agent", lambda: agent.readyz().content["degraded"] == [], 60)
             told = {signal: wait_for(signal, partial(agent.ledger, signal)) for signal in ("logs", "traces")}
             for signal, received in (("logs", len(collector.logs())), ("traces", len(collector.spans()))):
                 assert told[signal]["offered"] == 2 * SENT

@@ -13,13 +13,13 @@ from otel_lb_hop import __version__, agent, cli
 from otel_lb_hop.errors import ConfigError, KernelError, Problem
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Iterator
     from concurrent.futures import Future
     from pathlib import Path
 
     from otel_lb_hop.config import Config
     from otel_lb_hop.kernel.loader import Loaded, Sizes
+    from otel_lb_hop.ops.stop import Stop
 
 GOOD_FILE = "services:\n- {name: a/b, vips: [10.0.0.1], ports: [{port: 80}]}\n"
 
@@ -42,9 +42,9 @@ class FakeAgent:
         if self.error:
             raise self.error
 
-    def run(self, stop: threading.Event) -> None:
+    def run(self, stop: Stop) -> None:
         """Be told to stop by a real signal."""
-        assert not stop.is_set()
+        assert not stop.wait(0)
         os.kill(os.getpid(), self.signal)
         self.stopped = stop.wait(10)
 

@@ -316,7 +316,7 @@ def test_carry_goes_with_its_vip_port() -> None:
     made = Exporter(cluster(vip_port(REMOTE)))
     made.builder.carry_over(1, Hop.REQUIRED, hop_stats(refused=5))
     made.topology.update(cluster(), NOW)
-    made.topology.rows(NOW + KEEP_RETIRED_NS)
+    made.topology.rows(NOW)
     later = NOW + KEEP_RETIRED_NS + SECOND
     made.topology.update(cluster(vip_port(REMOTE)), later)
     ((_, hop_id),) = [made.topology.hops.by_id.keys()]
@@ -440,7 +440,7 @@ class _Kernel:
     def go_on(self, exporter: Exporter, random: Random, now_ns: int) -> None:
         """Count something in each row; rows that are forgotten go over into the carry, as in agent.py."""
         hop_rows = dict(exporter.topology.hops.by_id)
-        rows = exporter.topology.rows(now_ns)
+        rows = exporter.topology.rows(now_ns - KEEP_RETIRED_NS)
         for hop_id in self.hops.keys() - rows.hop_ids:
             exporter.builder.carry_over(hop_rows[hop_id].vip_id, hop_rows[hop_id].hop, self.hops[hop_id])
         self.vips = {each: _grown_vip(random, self.vips.get(each, vip_stats())) for each in rows.vip_ids}

@@ -89,7 +89,6 @@ def test_names(make: Maker, signal: str) -> None:
     assert [type(exporter) for exporter in make(signal, "console", "otlp")] == [CONSOLE[signal], OTLP[signal, "grpc"]]
     assert [type(exporter) for exporter in make(signal, "otlp_proto_http")] == [OTLP[signal, "http/protobuf"]]
     assert make(signal) == []
-    assert make(signal, "none") == []
 
 
 @pytest.mark.parametrize("signal", SIGNALS)

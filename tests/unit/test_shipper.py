@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from otel_lb_hop.export.shipper import Ledger, MetricsShipper, Shipper
+from otel_lb_hop.export.shipper import Ledger, MetricsShipper, Shipper, Snapshotted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -347,21 +347,24 @@ def test_metrics_keep_only_the_newest() -> None:
     """While an export hangs only the newest snapshot waits: it says all that the others would have."""
     exporter = HangingExporter()
     shipper = MetricsShipper([exporter], 1234)
-    shipper.offer(["a"])
+    shipper.offer([Snapshotted("a", 1)])
     assert exporter.entered.acquire(timeout=PATIENCE_SECONDS)
-    for snapshot in "bcd":
-        shipper.offer([snapshot])
+    for number, snapshot in enumerate("bcd", start=2):
+        shipper.offer([Snapshotted(snapshot, number)])
+    assert shipper.exported_ns == 0
     assert shipper.ledger() == Ledger(4, 0, {"superseded": 2}, 2)
     exporter.go_on.set()
     ledger = close(shipper)
     assert (ledger.exported, lost(ledger)) == (2, {"superseded": 2})
     assert exporter.batches == ["a", "d"]
+    assert shipper.exported_ns == 4
     assert exporter.timeouts == [1234, 1234]
 
 
 def test_metrics_failure_is_kept_apart() -> None:
     """A snapshot that is not taken counts as lost under the metrics' own name."""
     shipper = MetricsShipper([RaisingExporter()], 1000)
-    shipper.offer(["a"])
+    shipper.offer([Snapshotted("a", 1)])
     assert lost(close(shipper)) == {"export_failed": 1}
+    assert shipper.exported_ns == 0
     assert (shipper.signal, shipper.last_error) == ("metrics", "ValueError: broken 1")
