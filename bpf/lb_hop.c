@@ -295,7 +295,7 @@ static __always_inline struct lbh_hop_stats *hop_stats_of(u32 hop_id)
 	return stats;
 }
 
-/* A slot whose handshake has no verdict yet has to make room: that is its verdict. */
+/* A handshake without a verdict is given up: its slot has to make room, or the agent ends. That is its verdict. */
 static __always_inline void count_evicted(const struct lbh_handshake *slot, u32 state)
 {
 	if (state == LBH_SEEN) {
@@ -628,14 +628,12 @@ static __always_inline void close_overdue(const struct lbh_handshake *slot, u64 
 	} else {
 		bool again = slot->retransmits;
 
-		stats = hop_stats_of(slot->hop_id);
 		if (!again && now - slot->syn_ns < LBH_FIRST_RETRANSMIT_NS) {
 			/* Only when the agent ends: too early to say whether the client would have asked again. */
-			if (stats)
-				__sync_fetch_and_add(&stats->evicted, 1);
-			count_event(LBH_RECORD_NO_VERDICT);
+			count_evicted(slot, LBH_FORWARDED);
 			return;
 		}
+		stats = hop_stats_of(slot->hop_id);
 		verdict = again ? LBH_VERDICT_TIMEOUT : LBH_VERDICT_REPLY_UNSEEN;
 		if (stats && again)
 			stats->timeout++;

@@ -187,23 +187,21 @@ class Topology:
         row = VipRow(
             vip_port.namespace, vip_port.service, vip_port.address, vip_port.port, vip_port.transport, vip_port.policy
         )
-        known = self.vips.find(row)
-        if known is not None:
-            return known
-        vip_id = self._take_id()
-        self.vips.add(vip_id, row, now_ns)
-        return vip_id
+        return self._known_or_new(self.vips, row, now_ns)
 
     def _hop_id(self, vip_id: int, hop: Hop, backend: Backend, now_ns: int) -> int:
         if hop is Hop.UNKNOWN:
             return vip_id
         row = HopRow(vip_id, hop, backend.node, self._zone_crossed(backend))
-        known = self.hops.find(row)
+        return self._known_or_new(self.hops, row, now_ns)
+
+    def _known_or_new(self, rows: _Rows[_Row], row: _Row, now_ns: int) -> int:
+        known = rows.find(row)
         if known is not None:
             return known
-        hop_id = self._take_id()
-        self.hops.add(hop_id, row, now_ns)
-        return hop_id
+        row_id = self._take_id()
+        rows.add(row_id, row, now_ns)
+        return row_id
 
     def _add_hop(self, hop_id: int, row: HopRow, now_ns: int) -> None:
         if hop_id not in self.hops.by_id:
