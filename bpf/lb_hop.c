@@ -2,14 +2,17 @@
 /*
  * Watches TCP handshakes to VIP ports on every interface of a node and tells their translation by the initial
  * sequence number (ISN), which NAT leaves alone: a SYN that comes in to a VIP port and a SYN with the same ISN
- * that leaves are the same packet before and after translation, whatever did the translating.
+ * that leaves are the same packet before and after translation, whatever did the translating. What has no ISN, or
+ * passes no interface on its way in, is told by conntrack.
  *
- * The programs only watch: every path returns TC_ACT_UNSPEC, and no packet is written to.
+ * The programs only watch: on a packet's way every path returns TC_ACT_UNSPEC, and no packet is written to.
  * Compiled by bcc, which rewrites map.lookup() and the like only in this file, not in headers.
  */
+#include <linux/errno.h>
 #include <linux/pkt_cls.h>
 
 #include "lb_hop.h"
+#include "conntrack.h"
 #include "parse.h"
 
 /* Key: a destination. Value: its VIP port. Filled by the agent from the topology, as are the next three. */
@@ -19,6 +22,10 @@ BPF_F_TABLE("hash", struct lbh_backend_key, u32, backends, LBH_MAX_BACKENDS, BPF
 /* Rows exist only for what the topology knows, so memory follows its size and not the maximum. */
 BPF_F_TABLE("percpu_hash", u32, struct lbh_vip_stats, vip_stats, LBH_MAX_VIP_PORTS, BPF_F_NO_PREALLOC);
 BPF_F_TABLE("percpu_hash", u32, struct lbh_hop_stats, hop_stats, LBH_MAX_HOPS, BPF_F_NO_PREALLOC);
+/* Key: a prefix. Value: where its addresses are. */
+BPF_F_TABLE("lpm_trie", struct lbh_prefix, u32, places, LBH_MAX_PLACES, BPF_F_NO_PREALLOC);
+/* Key: a flow that found no endpoint. Value: when a packet of it last came in. */
+BPF_TABLE("lru_hash", struct lbh_flow, u64, datagram_flows, LBH_MAX_DATAGRAM_FLOWS);
 /* One value. */
 BPF_ARRAY(uplinks, struct lbh_uplinks, 1);
 BPF_ARRAY(settings, struct lbh_settings, 1);
@@ -189,9 +196,8 @@ static __always_inline void observe(struct lbh_histogram *histogram, u64 ns)
  * The trace id comes from what both nodes of a hop see alike: the SNAT'd tuple and the ISN. For a connection that
  * was not translated it comes from the client's tuple. Mirrored by core/ids.py.
  */
-static __always_inline struct lbh_trace_id trace_id_of(const struct lbh_handshake *slot, u32 isn)
+static __always_inline struct lbh_trace_id trace_id_of(const struct lbh_handshake *slot, u32 isn, bool translated)
 {
-	bool translated = slot->forward_ns;
 	const struct lbh_address *source = translated ? &slot->snat : &slot->client;
 	const struct lbh_address *destination = translated ? &slot->backend : &slot->vip;
 	u32 ports = translated ? (u32)slot->snat_port << 16 | slot->backend_port
@@ -230,7 +236,8 @@ static __always_inline bool within_rate(const struct lbh_settings *config, u64 n
  */
 static __always_inline void send_record(const struct lbh_handshake *slot, u32 isn, u32 verdict, u64 now)
 {
-	struct lbh_trace_id trace = trace_id_of(slot, isn);
+	bool translated = slot->forward_ns || verdict == LBH_VERDICT_TRANSLATED;
+	struct lbh_trace_id trace = trace_id_of(slot, isn, translated);
 	struct lbh_settings *config;
 	struct lbh_record *record;
 	int zero = 0;
@@ -238,7 +245,8 @@ static __always_inline void send_record(const struct lbh_handshake *slot, u32 is
 	config = settings.lookup(&zero);
 	if (!config)
 		return;
-	if ((verdict == LBH_VERDICT_ANSWERED || verdict == LBH_VERDICT_REPLY_UNSEEN) &&
+	if ((verdict == LBH_VERDICT_ANSWERED || verdict == LBH_VERDICT_REPLY_UNSEEN ||
+	     verdict == LBH_VERDICT_TRANSLATED) &&
 	    (trace.low & ((1ull << 56) - 1)) < config->reject_below) {
 		count_event(LBH_RECORD_RATIO);
 		return;
@@ -651,7 +659,7 @@ static __always_inline int watch(struct __sk_buff *skb, bool ethernet, bool ingr
 
 	if (lbh_is_dull(skb, ethernet, ingress))
 		return TC_ACT_UNSPEC;
-	parsed = lbh_parse(skb, ethernet, &packet);
+	parsed = lbh_parse(skb, ethernet, false, &packet);
 	if (parsed == LBH_OTHER)
 		return TC_ACT_UNSPEC;
 	if (parsed != LBH_HANDSHAKE) {
@@ -728,4 +736,194 @@ int lbh_sweep(struct __sk_buff *skb)
 		swap_tag(&tags->ways[i], with_state(tag, LBH_BUSY), with_state(tag, LBH_UNANSWERED));
 	}
 	return TC_ACT_UNSPEC;
+}
+
+/* Whether a packet of this flow was counted as one without endpoints a moment ago. */
+static __always_inline bool is_told(const struct lbh_tuple *tuple, u64 now)
+{
+	struct lbh_flow flow = {.client = tuple->source,
+				.vip = tuple->destination,
+				.client_port = tuple->source_port,
+				.vip_port = tuple->destination_port,
+				.transport = tuple->transport};
+	u64 *last_ns = datagram_flows.lookup(&flow);
+
+	return last_ns && (s64)(now - *last_ns) < (s64)LBH_SAME_PACKET_NS;
+}
+
+static __always_inline u32 place_of(const struct lbh_address *address)
+{
+	struct lbh_prefix prefix = {.bits = 128, .address = *address};
+	u32 *place = places.lookup(&prefix);
+
+	return place ? *place : LBH_OUTSIDE;
+}
+
+/*
+ * A connection is known and its verdict is at hand. All is counted by atomic additions: this runs in the context of a
+ * process too, where a softirq may come in between and count in the same row.
+ */
+static __always_inline void count_told(const struct lbh_handshake *slot, u32 verdict)
+{
+	u32 vip_id = slot->vip_id, origin = slot->origin;
+	struct lbh_vip_stats *stats = vip_stats.lookup(&vip_id);
+	struct lbh_hop_stats *hop;
+
+	if (!stats || origin >= LBH_ORIGINS) {
+		count_event(LBH_NO_ROW);
+		return;
+	}
+	__sync_fetch_and_add(&stats->connections[origin], 1);
+	if (verdict != LBH_VERDICT_TRANSLATED) {
+		count_unforwarded(slot);
+	} else {
+		hop = hop_stats_of(slot->hop_id);
+		if (hop) {
+			__sync_fetch_and_add(&hop->forwarded[origin], 1);
+			__sync_fetch_and_add(&hop->translated, 1);
+		}
+	}
+	/* In place of an ISN the time, so that a tuple that is used again is another trace. */
+	send_record(slot, slot->syn_ns, verdict, slot->syn_ns);
+}
+
+/*
+ * Filter of a socket in the ctnetlink group of new connections; it keeps nothing, so that nothing waits in the socket.
+ * Conntrack tells of a connection when its first packet has passed, with the translation that was chosen: the source
+ * of the reply is the backend, its destination the SNAT source. It does not tell the interface.
+ */
+int lbh_conntrack(struct __sk_buff *skb)
+{
+	struct lbh_tuple original = {}, reply = {};
+	struct lbh_handshake slot = {};
+	struct lbh_backend_key backend = {};
+	struct lbh_vip_key key = {};
+	struct lbh_ct_message message;
+	struct lbh_settings *config;
+	struct lbh_vip *vip;
+	u32 *known, place, verdict;
+	int zero = 0, read;
+
+	config = settings.lookup(&zero);
+	read = lbh_ct_begin(skb, &message);
+	if (read == LBH_CT_READ)
+		read = lbh_ct_find_tuple(skb, &message, CTA_TUPLE_ORIG, &original);
+	if (read == LBH_CT_UNREAD)
+		count_event(LBH_CONNTRACK_UNREAD);
+	if (read != LBH_CT_READ || !config || (original.transport == IPPROTO_TCP && !config->own_calls))
+		return 0;
+	key.address = original.destination;
+	key.port = original.destination_port;
+	key.transport = original.transport;
+	vip = vip_ports.lookup(&key);
+	if (!vip)
+		return 0;
+	place = place_of(&original.source);
+	/* A TCP connection that came in by an interface is counted there. */
+	if (original.transport == IPPROTO_TCP && place != LBH_THIS_NODE)
+		return 0;
+	if (lbh_ct_find_tuple(skb, &message, CTA_TUPLE_REPLY, &reply) != LBH_CT_READ) {
+		count_event(LBH_CONNTRACK_UNREAD);
+		return 0;
+	}
+	slot.syn_ns = bpf_ktime_get_ns();
+	if (is_told(&original, slot.syn_ns)) {
+		count_event(LBH_LATE);
+		return 0;
+	}
+	slot.client = original.source;
+	slot.client_port = original.source_port;
+	slot.vip = original.destination;
+	slot.vip_port = original.destination_port;
+	slot.vip_id = slot.hop_id = backend.vip_id = vip->vip_id;
+	slot.origin = place == LBH_OUTSIDE ? LBH_EXTERNAL : LBH_INTERNAL;
+	slot.unforwarded = vip->unforwarded;
+	verdict = LBH_VERDICT_UNFORWARDED + slot.unforwarded;
+	if (address_difference(&reply.source, &original.destination) |
+	    (reply.source_port ^ original.destination_port)) {
+		verdict = LBH_VERDICT_TRANSLATED;
+		slot.snat = reply.destination;
+		slot.snat_port = reply.destination_port;
+		slot.backend = backend.address = reply.source;
+		slot.backend_port = backend.port = reply.source_port;
+		known = backends.lookup(&backend);
+		if (known)
+			slot.hop_id = *known;
+	}
+	count_told(&slot, verdict);
+	return 0;
+}
+
+/*
+ * A datagram to a VIP port that has no endpoints: it is rejected before conntrack tells of it. The first of a flow is a
+ * connection, never forwarded. Without endpoints here (policy Local) only what comes from outside is rejected.
+ */
+static __always_inline void datagram_in(struct __sk_buff *skb, const struct lbh_packet *packet)
+{
+	struct lbh_vip_key key = {
+		.address = packet->destination, .port = packet->destination_port, .transport = packet->transport};
+	struct lbh_vip *vip = vip_ports.lookup(&key);
+	struct lbh_handshake slot = {};
+	struct lbh_flow flow = {};
+	u64 *last_ns, seen_ns, now;
+	int error;
+
+	if (!vip || vip->unforwarded == LBH_DROPPED)
+		return;
+	slot.in_ifindex = skb->ifindex;
+	slot.origin = origin_of(slot.in_ifindex);
+	slot.unforwarded = vip->unforwarded;
+	if (slot.unforwarded == LBH_NO_LOCAL_ENDPOINTS && slot.origin == LBH_INTERNAL)
+		return;
+	now = bpf_ktime_get_ns();
+	slot.syn_ns = now;
+	slot.client = flow.client = packet->source;
+	slot.client_port = flow.client_port = packet->source_port;
+	slot.vip = flow.vip = packet->destination;
+	slot.vip_port = flow.vip_port = packet->destination_port;
+	flow.transport = packet->transport;
+	slot.vip_id = slot.hop_id = vip->vip_id;
+	last_ns = datagram_flows.lookup(&flow);
+	if (last_ns) {
+		seen_ns = *last_ns;
+		/* Another CPU may be a moment ahead. */
+		if ((s64)(now - seen_ns) < (s64)LBH_FLOW_NS) {
+			*last_ns = now;
+			return;
+		}
+		if (!swap_tag(last_ns, seen_ns, now))
+			return;
+	} else {
+		error = datagram_flows.insert(&flow, &now);
+		if (error == -EEXIST)
+			return;
+		if (error)
+			count_event(LBH_NO_SLOT);
+	}
+	count_told(&slot, LBH_VERDICT_UNFORWARDED + slot.unforwarded);
+}
+
+static __always_inline int watch_datagrams(struct __sk_buff *skb, bool ethernet)
+{
+	struct lbh_packet packet = {};
+	int parsed = lbh_parse(skb, ethernet, true, &packet);
+
+	if (parsed == LBH_HANDSHAKE)
+		datagram_in(skb, &packet);
+	/* What ends before its transport is counted by lbh_ingress; a later fragment needs no ports: the first has
+	 * them. */
+	else if (parsed == LBH_PARSE_TRUNCATED && packet.transport)
+		count_event(LBH_TRUNCATED);
+	return TC_ACT_UNSPEC;
+}
+
+/* On ingress beside lbh_ingress, and only while a VIP port of UDP or SCTP has no endpoints. */
+int lbh_datagram(struct __sk_buff *skb)
+{
+	return watch_datagrams(skb, true);
+}
+
+int lbh_datagram_l3(struct __sk_buff *skb)
+{
+	return watch_datagrams(skb, false);
 }

@@ -11,7 +11,7 @@
 #define LB_HOP_H
 
 /* Raised with every change of a layout, an enum or a bound below. */
-#define LBH_LAYOUT_VERSION 1
+#define LBH_LAYOUT_VERSION 2
 
 struct lbh_address {
 	u32 words[4];
@@ -54,6 +54,21 @@ enum lbh_origin {
 };
 
 /*
+ * places: where an address is, by its longest prefix (value: u32, enum lbh_place; no prefix: outside). Conntrack
+ * names no interface: for what it tells, the place of the client's address is the origin.
+ */
+struct lbh_prefix {
+	u32 bits; /* of the 128; an IPv4 prefix has 96 more than it is written with */
+	struct lbh_address address;
+};
+
+enum lbh_place {
+	LBH_OUTSIDE,
+	LBH_INSIDE,
+	LBH_THIS_NODE,
+};
+
+/*
  * Upper bounds of the histogram buckets in nanoseconds, inclusive, as OTLP's explicit bounds are; one more
  * bucket takes what is above the last.
  */
@@ -89,7 +104,8 @@ struct lbh_histogram {
 
 /*
  * vip_stats, per CPU: one row for each VIP port. Σ connections = Σ hop_stats.forwarded over the VIP port's rows
- * + Σ unforwarded + those whose SYN has no verdict yet.
+ * + Σ unforwarded + those whose SYN has no verdict yet (of UDP and SCTP there are none: they are told at their
+ * verdict).
  */
 struct lbh_vip_stats {
 	u64 connections[LBH_ORIGINS];
@@ -99,7 +115,7 @@ struct lbh_vip_stats {
 
 /*
  * hop_stats, per CPU: one row for each (VIP port, hop class, backend node). Σ forwarded = answered + refused +
- * timeout + reply_unseen + evicted + those whose handshake has no verdict yet.
+ * timeout + reply_unseen + evicted + translated + those whose handshake has no verdict yet.
  */
 struct lbh_hop_stats {
 	u64 forwarded[LBH_ORIGINS];
@@ -110,6 +126,7 @@ struct lbh_hop_stats {
 	u64 evicted;	  /* out of the handshake table before its verdict: room was needed, or the agent ended */
 	struct lbh_histogram forward;
 	struct lbh_histogram handshake;
+	u64 translated; /* told by conntrack, which does not tell of an answer */
 };
 
 /*
@@ -176,17 +193,22 @@ enum lbh_verdict {
 	LBH_VERDICT_REFUSED,
 	LBH_VERDICT_TIMEOUT,
 	LBH_VERDICT_REPLY_UNSEEN,
+	LBH_VERDICT_TRANSLATED,	 /* told by conntrack: whether it was answered is not known here */
 	LBH_VERDICT_UNFORWARDED, /* + enum lbh_unforwarded */
 };
 
-/* One ring record: a connection at its verdict. */
+/*
+ * One ring record: a connection at its verdict. What is told by conntrack and not by packets has forward_ns 0, end_ns =
+ * syn_ns (when it was told), and no interfaces (0), but for in_ifindex of a datagram that found no endpoint.
+ */
 struct lbh_record {
 	u64 trace_high;
 	u64 trace_low;
 	u64 syn_ns;
-	u64 forward_ns; /* 0: the translated SYN was not seen; snat, backend and their ports mean nothing then */
+	u64 forward_ns; /* when the translated SYN left; 0: not seen */
 	u64 end_ns;	/* SYN-ACK or RST out; else the time of the verdict */
 	struct lbh_address client;
+	/* These and their ports mean nothing unless forward_ns is set or the verdict is LBH_VERDICT_TRANSLATED. */
 	struct lbh_address snat;
 	struct lbh_address backend;
 	u16 client_port;
@@ -214,7 +236,20 @@ struct lbh_settings {
 	u64 reject_below;	/* records of good handshakes: kept if the trace id's low 56 bits reach this */
 	u64 record_interval_ns; /* 10^9 / records per second; 0: no record at all */
 	u64 record_burst_ns;	/* how far the records may run ahead of that rate */
+	u64 own_calls;		/* 1: count the TCP calls that this node itself makes, which conntrack tells of */
 };
+
+/* datagram_flows: when a packet of this flow last came in for a VIP port without endpoints (value: u64 ns). */
+struct lbh_flow {
+	struct lbh_address client;
+	struct lbh_address vip;
+	u16 client_port;
+	u16 vip_port;
+	u8 transport; /* IANA protocol number */
+	u8 pad[3];
+};
+/* Packets of one flow without endpoints are no further apart: nf_conntrack_udp_timeout, what it would be otherwise. */
+#define LBH_FLOW_NS 30000000000ull
 
 /* events, per CPU: what happened to records, and everything that could not be told. */
 enum lbh_event {
@@ -230,12 +265,16 @@ enum lbh_event {
 	LBH_NO_SLOT,	       /* all slots of a bucket were being filled: a connection counted, but not followed */
 	LBH_LATE,	       /* translated or answered after the verdict */
 	LBH_NO_ROW,	       /* counters of a known id are missing: a defect */
+	LBH_CONNTRACK_UNREAD,  /* a message of conntrack about a new connection that could not be read */
 	LBH_EVENTS,
 };
 
 /* A client sends its SYN again after one second (RFC 6298, 2.1), a little more with a coarse clock. */
 #define LBH_FIRST_RETRANSMIT_NS 1200000000ull
-/* A SYN on another interface within this time is the same packet one device further up or down. */
+/*
+ * A SYN on another interface within this time is the same packet one device further up or down; so is a datagram that
+ * was counted as one without endpoints and that conntrack tells of.
+ */
 #define LBH_SAME_PACKET_NS 200000000ull
 /* Linux gives up connect() after 127 s (tcp_syn_retries 6): an older entry belongs to a connection of the past. */
 #define LBH_FORGET_TICKS (135000000000ull >> LBH_TICK_SHIFT)

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /*
- * From a packet to its TCP handshake fields. Reads only, changes nothing, takes any bytes.
+ * From a packet to its TCP handshake fields, or to the ports of a datagram (UDP, or SCTP with an INIT): whether a
+ * program looks at datagrams is known when it is compiled. Reads only, changes nothing, takes any bytes.
  */
 #ifndef LBH_PARSE_H
 #define LBH_PARSE_H
@@ -10,6 +11,7 @@
 #include <linux/ip.h>
 #include <linux/ipv6.h>
 #include <linux/tcp.h>
+#include <linux/udp.h>
 
 #define LBH_TCP_FIN 0x01
 #define LBH_TCP_SYN 0x02
@@ -29,10 +31,15 @@ struct lbh_packet {
 	u32 sequence;	    /* host order */
 	u32 acknowledgment; /* host order */
 	u8 flags;
+	u8 transport; /* of a datagram */
 };
 
+/* RFC 9260, 3.1 and 3.2: the common header, and the first byte of the first chunk behind it. */
+#define LBH_SCTP_CHUNK_OFFSET 12
+#define LBH_SCTP_INIT 1
+
 enum lbh_parsed {
-	LBH_HANDSHAKE, /* TCP with SYN or RST: the packet is filled in */
+	LBH_HANDSHAKE, /* TCP with SYN or RST, or a datagram: the packet is filled in */
 	LBH_OTHER,     /* anything else that is whole */
 	LBH_PARSE_TRUNCATED,
 	LBH_PARSE_FRAGMENT,
@@ -80,18 +87,48 @@ static __always_inline int lbh_parse_tcp(struct __sk_buff *skb, u32 offset, stru
 	return LBH_HANDSHAKE;
 }
 
-static __always_inline int lbh_parse_ipv4(struct __sk_buff *skb, u32 offset, struct lbh_packet *packet)
+static __always_inline int lbh_parse_datagram(struct __sk_buff *skb, u32 offset, u8 protocol, struct lbh_packet *packet)
+{
+	struct udphdr buffer, *udp = lbh_header(skb, offset, &buffer, sizeof(buffer));
+	u8 copy, *chunk;
+
+	packet->transport = protocol;
+	if (!udp)
+		return LBH_PARSE_TRUNCATED;
+	/* SCTP begins with its ports as UDP does. */
+	packet->source_port = udp->source;
+	packet->destination_port = udp->dest;
+	if (protocol != IPPROTO_SCTP)
+		return LBH_HANDSHAKE;
+	chunk = lbh_header(skb, offset + LBH_SCTP_CHUNK_OFFSET, &copy, sizeof(copy));
+	if (!chunk)
+		return LBH_PARSE_TRUNCATED;
+	return *chunk == LBH_SCTP_INIT ? LBH_HANDSHAKE : LBH_OTHER;
+}
+
+static __always_inline bool lbh_wants(bool datagrams, u8 protocol)
+{
+	return datagrams ? protocol == IPPROTO_UDP || protocol == IPPROTO_SCTP : protocol == IPPROTO_TCP;
+}
+
+static __always_inline int lbh_parse_transport(struct __sk_buff *skb, bool datagrams, u32 offset, u8 protocol,
+					       struct lbh_packet *packet)
+{
+	return datagrams ? lbh_parse_datagram(skb, offset, protocol, packet) : lbh_parse_tcp(skb, offset, packet);
+}
+
+static __always_inline int lbh_parse_ipv4(struct __sk_buff *skb, bool datagrams, u32 offset, struct lbh_packet *packet)
 {
 	struct iphdr buffer, *ip = lbh_header(skb, offset, &buffer, sizeof(buffer));
 	int parsed;
 
 	if (!ip)
 		return LBH_PARSE_TRUNCATED;
-	if (ip->protocol != IPPROTO_TCP || ip->version != 4 || ip->ihl < 5)
+	if (!lbh_wants(datagrams, ip->protocol) || ip->version != 4 || ip->ihl < 5)
 		return LBH_OTHER;
 	if (ip->frag_off & bpf_htons(0x1fff))
 		return LBH_PARSE_FRAGMENT;
-	parsed = lbh_parse_tcp(skb, offset + ip->ihl * 4, packet);
+	parsed = lbh_parse_transport(skb, datagrams, offset + ip->ihl * 4, ip->protocol, packet);
 	if (parsed != LBH_HANDSHAKE)
 		return parsed;
 	packet->source.words[0] = packet->source.words[1] = 0;
@@ -103,7 +140,7 @@ static __always_inline int lbh_parse_ipv4(struct __sk_buff *skb, u32 offset, str
 	return LBH_HANDSHAKE;
 }
 
-static __always_inline int lbh_parse_ipv6(struct __sk_buff *skb, u32 offset, struct lbh_packet *packet)
+static __always_inline int lbh_parse_ipv6(struct __sk_buff *skb, bool datagrams, u32 offset, struct lbh_packet *packet)
 {
 	struct ipv6hdr buffer, *ip = lbh_header(skb, offset, &buffer, sizeof(buffer));
 	u8 next;
@@ -121,13 +158,13 @@ static __always_inline int lbh_parse_ipv6(struct __sk_buff *skb, u32 offset, str
 	for (i = 0; i <= LBH_EXTENSION_HEADERS; i++) {
 		struct lbh_extension copy, *extension;
 
-		if (next != IPPROTO_TCP && next != IPPROTO_HOPOPTS && next != IPPROTO_ROUTING &&
+		if (!lbh_wants(datagrams, next) && next != IPPROTO_HOPOPTS && next != IPPROTO_ROUTING &&
 		    next != IPPROTO_DSTOPTS && next != IPPROTO_FRAGMENT && next != IPPROTO_AH)
 			return LBH_OTHER;
 		if (offset > LBH_MAX_OFFSET)
 			return LBH_PARSE_EXTENSION;
-		if (next == IPPROTO_TCP)
-			return lbh_parse_tcp(skb, offset, packet);
+		if (lbh_wants(datagrams, next))
+			return lbh_parse_transport(skb, datagrams, offset, next, packet);
 		if (i == LBH_EXTENSION_HEADERS)
 			return LBH_PARSE_EXTENSION;
 		extension = lbh_header(skb, offset, &copy, sizeof(copy));
@@ -135,7 +172,7 @@ static __always_inline int lbh_parse_ipv6(struct __sk_buff *skb, u32 offset, str
 			return LBH_PARSE_TRUNCATED;
 		if (next == IPPROTO_FRAGMENT) {
 			if (extension->offset_flags & bpf_htons(0xfff8))
-				return extension->next == IPPROTO_TCP ? LBH_PARSE_FRAGMENT : LBH_OTHER;
+				return lbh_wants(datagrams, extension->next) ? LBH_PARSE_FRAGMENT : LBH_OTHER;
 			offset += 8;
 		} else if (next == IPPROTO_AH) {
 			offset += (extension->length + 2) * 4; /* RFC 4302, 2.2 */
@@ -187,7 +224,7 @@ static __always_inline bool lbh_is_dull(struct __sk_buff *skb, bool ethernet, bo
  * header, as on ipip, wireguard and tun). Tags in the frame are followed; a tag in the skb's metadata is no
  * part of the data, and skb->protocol then already names what follows it.
  */
-static __always_inline int lbh_parse(struct __sk_buff *skb, bool ethernet, struct lbh_packet *packet)
+static __always_inline int lbh_parse(struct __sk_buff *skb, bool ethernet, bool datagrams, struct lbh_packet *packet)
 {
 	u16 ethertype = skb->protocol;
 	u32 offset = 0;
@@ -216,9 +253,9 @@ static __always_inline int lbh_parse(struct __sk_buff *skb, bool ethernet, struc
 	if (ethertype == bpf_htons(ETH_P_8021Q) || ethertype == bpf_htons(ETH_P_8021AD))
 		return LBH_PARSE_EXTENSION;
 	if (ethertype == bpf_htons(ETH_P_IP))
-		return lbh_parse_ipv4(skb, offset, packet);
+		return lbh_parse_ipv4(skb, datagrams, offset, packet);
 	if (ethertype == bpf_htons(ETH_P_IPV6))
-		return lbh_parse_ipv6(skb, offset, packet);
+		return lbh_parse_ipv6(skb, datagrams, offset, packet);
 	return LBH_OTHER;
 }
 

@@ -17,7 +17,7 @@ from otel_lb_hop.model import Failure, Outcome
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 
 BOUNDS_NS = (
     1_000, 2_500, 5_000,
@@ -53,16 +53,28 @@ class OriginCode(IntEnum):
     EXTERNAL = 1
 
 
+class Place(IntEnum):
+    """`enum lbh_place`: where an address is, seen from this node."""
+
+    OUTSIDE = 0
+    INSIDE = 1
+    THIS_NODE = 2
+
+
 class Verdict(IntEnum):
-    """`enum lbh_verdict`; from UNFORWARDED on, the rest is `Unforwarded`."""
+    """`enum lbh_verdict`; from UNFORWARDED on, the rest is `Unforwarded`.
+
+    TRANSLATED is a connection that conntrack told of: forwarded, and whether it was answered is not known.
+    """
 
     ANSWERED = 0
     REFUSED = 1
     TIMEOUT = 2
     REPLY_UNSEEN = 3
-    DROPPED = 4 + Unforwarded.DROPPED
-    NO_ENDPOINTS = 4 + Unforwarded.NO_ENDPOINTS
-    NO_LOCAL_ENDPOINTS = 4 + Unforwarded.NO_LOCAL_ENDPOINTS
+    TRANSLATED = 4
+    DROPPED = 5 + Unforwarded.DROPPED
+    NO_ENDPOINTS = 5 + Unforwarded.NO_ENDPOINTS
+    NO_LOCAL_ENDPOINTS = 5 + Unforwarded.NO_LOCAL_ENDPOINTS
 
 
 FAILURE_OF = {Verdict.REFUSED: Failure.REFUSED, Verdict.TIMEOUT: Failure.TIMEOUT}
@@ -83,6 +95,7 @@ class Event(IntEnum):
     NO_SLOT = 9
     LATE = 10
     NO_ROW = 11
+    CONNTRACK_UNREAD = 12
 
 
 VIP_KEY = struct.Struct("=16s2sBx")
@@ -91,7 +104,11 @@ VIP_VALUE = struct.Struct("=IB3x")
 """`struct lbh_vip`: vip_id, unforwarded."""
 BACKEND_KEY = struct.Struct("=I16s2s2x")
 """`struct lbh_backend_key`: vip_id, address, port."""
-SETTINGS = struct.Struct("=QQQQ")
+PREFIX = struct.Struct("=I16s")
+"""`struct lbh_prefix`: bits (of 128), address."""
+PLACE = struct.Struct("=I")
+"""A value of places: `Place`."""
+SETTINGS = struct.Struct("=QQQQQ")
 """`struct lbh_settings`, see `Settings`."""
 RECORD = struct.Struct("=QQQQQ16s16s16s2s2s2sBBIIIIH6x")
 """`struct lbh_record`, see `Record`."""
@@ -100,7 +117,7 @@ UPLINKS = struct.Struct(f"={MAX_UPLINKS}I")
 """`struct lbh_uplinks`: interface indexes, ended by a zero."""
 VIP_STATS_WORDS = 2 + 2 * len(Unforwarded) + 1
 HISTOGRAM_WORDS = 1 + BUCKETS
-HOP_STATS_WORDS = 7 + 2 * HISTOGRAM_WORDS
+HOP_STATS_WORDS = 7 + 2 * HISTOGRAM_WORDS + 1
 
 
 class Settings(NamedTuple):
@@ -110,6 +127,7 @@ class Settings(NamedTuple):
     reject_below: int
     record_interval_ns: int
     record_burst_ns: int
+    own_calls: int = 0
 
     def pack(self) -> bytes:
         """Make the bytes of the settings map's only value."""
@@ -117,7 +135,10 @@ class Settings(NamedTuple):
 
 
 class Record(NamedTuple):
-    """`struct lbh_record`, in its order: one connection at its verdict. Times are monotonic nanoseconds."""
+    """`struct lbh_record`, in its order: one connection at its verdict. Times are monotonic nanoseconds.
+
+    `snat` and `backend` hold something only if `forward_ns` is set or the verdict is TRANSLATED.
+    """
 
     trace_high: int
     trace_low: int
@@ -170,6 +191,7 @@ class HopStats(NamedTuple):
     evicted: int
     forward: Histogram
     handshake: Histogram
+    translated: int = 0
 
 
 def pack_port(port: int) -> bytes:
@@ -206,7 +228,7 @@ def unpack_vip_stats(raw: bytes) -> VipStats:
 def unpack_hop_stats(raw: bytes) -> HopStats:
     """Sum a row of hop_stats over the CPUs."""
     words = sum_cpus(raw, HOP_STATS_WORDS)
-    forward, handshake = words[7 : 7 + HISTOGRAM_WORDS], words[7 + HISTOGRAM_WORDS :]
+    forward, handshake = words[7 : 7 + HISTOGRAM_WORDS], words[7 + HISTOGRAM_WORDS : -1]
     return HopStats(
         forwarded=(words[0], words[1]),
         answered=words[2],
@@ -216,6 +238,7 @@ def unpack_hop_stats(raw: bytes) -> HopStats:
         evicted=words[6],
         forward=Histogram(forward[0], forward[1:]),
         handshake=Histogram(handshake[0], handshake[1:]),
+        translated=words[-1],
     )
 
 

@@ -2,7 +2,7 @@
 
 bcc with LLVM costs over 100 MiB, so a short-lived process compiles and loads, hands the descriptors of programs
 and maps over its socket (SCM_RIGHTS) and exits. Request and answer are one JSON object each:
-{"source": path, "includes": [path], "defines": {name: value}, "programs": [name], "maps": [name]}
+{"source": path, "includes": [path], "defines": {name: value}, "programs": {name: type}, "maps": [name]}
 → {"programs": [name], "maps": [name]} with as many descriptors in that order, or {"error": text}.
 """
 
@@ -59,10 +59,11 @@ def compile_and_load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]
     flags = [f"-I{path}" for path in request["includes"]]
     flags += [f"-D{name}={value}" for name, value in request["defines"].items()]
     module = BPF(src_file=request["source"], cflags=flags)
-    programs = [module.load_func(name, BPF.SCHED_CLS).fd for name in request["programs"]]
+    types = {"tc": BPF.SCHED_CLS, "socket_filter": BPF.SOCKET_FILTER}
+    programs = [module.load_func(name, types[kind]).fd for name, kind in request["programs"].items()]
     maps = [int(module[name].map_fd) for name in request["maps"]]
     answer = {
-        "programs": request["programs"],
+        "programs": list(request["programs"]),
         "maps": request["maps"],
         "seconds": round(time.monotonic() - started, 3),
     }

@@ -11,7 +11,7 @@ from otel_lb_hop.kernel import bpf
 from otel_lb_hop.kernel.netlink import EGRESS_PARENT, INGRESS_PARENT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from otel_lb_hop.core.interfaces import Link
     from otel_lb_hop.kernel.netlink import Netlink
@@ -23,13 +23,17 @@ REMEMBERED_NAMES = 4_096
 """Names of interfaces that have gone are kept for records still under way, but not for ever."""
 
 
-class Pair(NamedTuple):
-    """The two programs of one interface: names and descriptors."""
+class Program(NamedTuple):
+    """A program and the side of an interface that it is for."""
 
-    ingress: str
-    ingress_fd: int
-    egress: str
-    egress_fd: int
+    name: str
+    fd: int
+    ingress: bool
+
+    @property
+    def parent(self) -> str:
+        """The side as clsact names it."""
+        return INGRESS_PARENT if self.ingress else EGRESS_PARENT
 
 
 class Attachment(Protocol):
@@ -43,12 +47,14 @@ class Attachment(Protocol):
 
 
 class TcxAttachment:
-    """Two tcx links, before all other programs. They end with their descriptors, so a kill leaves nothing."""
+    """Tcx links, before all other programs. They end with their descriptors, so a kill leaves nothing."""
 
-    def __init__(self, ifindex: int, pair: Pair) -> None:
-        self._fds = [bpf.attach_tcx(pair.ingress_fd, ifindex, bpf.BPF_TCX_INGRESS)]
+    def __init__(self, ifindex: int, programs: Sequence[Program]) -> None:
+        self._fds: list[int] = []
         try:
-            self._fds.append(bpf.attach_tcx(pair.egress_fd, ifindex, bpf.BPF_TCX_EGRESS))
+            for each in programs:
+                kind = bpf.BPF_TCX_INGRESS if each.ingress else bpf.BPF_TCX_EGRESS
+                self._fds.append(bpf.attach_tcx(each.fd, ifindex, kind))
         except OSError:
             self.detach()
             raise
@@ -65,30 +71,28 @@ class TcxAttachment:
 
 
 class ClsactAttachment:
-    """Two direct-action filters on the interface's clsact qdisc."""
+    """Direct-action filters on the interface's clsact qdisc."""
 
-    def __init__(self, netlink: Netlink, ifindex: int, pair: Pair) -> None:
+    def __init__(self, netlink: Netlink, ifindex: int, programs: Sequence[Program]) -> None:
         self._netlink = netlink
         self._ifindex = ifindex
-        self._pair = pair
+        self._programs = programs
         try:
-            netlink.add_filter(ifindex, INGRESS_PARENT, pair.ingress_fd, pair.ingress)
-            netlink.add_filter(ifindex, EGRESS_PARENT, pair.egress_fd, pair.egress)
+            for each in programs:
+                netlink.add_filter(ifindex, each.parent, each.fd, each.name)
         except OSError:
             self.detach()
             raise
 
     def alive(self) -> bool:
         """Look whether somebody removed the qdisc, and the filters with it."""
-        return self._netlink.has_filter(self._ifindex, INGRESS_PARENT, self._pair.ingress) and self._netlink.has_filter(
-            self._ifindex, EGRESS_PARENT, self._pair.egress
-        )
+        return all(self._netlink.has_filter(self._ifindex, each.parent, each.name) for each in self._programs)
 
     def detach(self) -> None:
         """Remove the filters, and the qdisc if nobody else uses it."""
         try:
-            self._netlink.delete_filter(self._ifindex, INGRESS_PARENT, self._pair.ingress)
-            self._netlink.delete_filter(self._ifindex, EGRESS_PARENT, self._pair.egress)
+            for each in self._programs:
+                self._netlink.delete_filter(self._ifindex, each.parent, each.name)
             self._netlink.delete_empty_clsact(self._ifindex)
         except OSError as error:
             if error.errno not in {errno.ENODEV, errno.ENOENT, errno.EINVAL}:
@@ -96,14 +100,24 @@ class ClsactAttachment:
 
 
 class Hooks:
-    """The set of hooked interfaces. `reconcile` makes it match what is wanted and is called on every change."""
+    """The set of hooked interfaces. `reconcile` makes it match what is wanted and is called on every change.
+
+    An interface has the two programs that watch TCP and, while it is asked for, one more that watches datagrams.
+    """
 
     def __init__(self, programs: Mapping[str, int], netlink: Netlink, *, tcx: bool | None = None) -> None:
         self._netlink = netlink
         self._tcx = tcx
-        self._ethernet = Pair("lbh_ingress", programs["lbh_ingress"], "lbh_egress", programs["lbh_egress"])
-        self._l3 = Pair("lbh_ingress_l3", programs["lbh_ingress_l3"], "lbh_egress_l3", programs["lbh_egress_l3"])
-        self._attached: dict[int, tuple[Link, Attachment]] = {}
+        self._tcp, self._datagrams = {}, {}
+        for ethernet, suffix in ((True, ""), (False, "_l3")):
+            ingress, egress, datagram = f"lbh_ingress{suffix}", f"lbh_egress{suffix}", f"lbh_datagram{suffix}"
+            self._tcp[ethernet] = (
+                Program(ingress, programs[ingress], ingress=True),
+                Program(egress, programs[egress], ingress=False),
+            )
+            self._datagrams[ethernet] = (Program(datagram, programs[datagram], ingress=True),)
+        self._attached: dict[tuple[int, bool], tuple[Link, Attachment]] = {}
+        """By interface, and whether it is the program that watches datagrams."""
         self._names: dict[int, str] = {}
         self.problems: dict[str, str] = {}
 
@@ -115,39 +129,43 @@ class Hooks:
     @property
     def interfaces(self) -> list[str]:
         """The hooked interfaces by name."""
-        return sorted(link.name for link, _ in self._attached.values())
+        return sorted(link.name for (_, datagrams), (link, _) in self._attached.items() if not datagrams)
 
     def name_of(self, ifindex: int) -> str | None:
         """Name an interface that is or was hooked."""
         return self._names.get(ifindex)
 
-    def reconcile(self, wanted: Iterable[Link]) -> None:
-        """Attach to what is new, let go of what has gone; a refusal is kept in `problems` and tried again."""
-        by_index = {link.index: link for link in wanted}
-        for index in list(self._attached):
-            link, attachment = self._attached[index]
-            if index not in by_index or by_index[index].ethernet != link.ethernet or not attachment.alive():
-                del self._attached[index]
+    def reconcile(self, wanted: Iterable[Link], *, datagrams: bool = False) -> None:
+        """Attach to what is new, let go of what has gone; a refusal is kept in `problems` and tried again.
+
+        `datagrams`: whether datagrams are to be watched too.
+        """
+        kinds = (False, True) if datagrams else (False,)
+        by_place = {(link.index, kind): link for link in wanted for kind in kinds}
+        for place in list(self._attached):
+            link, attachment = self._attached[place]
+            if place not in by_place or by_place[place].ethernet != link.ethernet or not attachment.alive():
+                del self._attached[place]
                 self._detach(link, attachment)
         self.problems = {}
         if len(self._names) > REMEMBERED_NAMES:
             self._names = {}
-        for index, link in by_index.items():
-            self._names[index] = link.name
-            if index in self._attached:
-                self._attached[index] = (link, self._attached[index][1])
+        for place, link in by_place.items():
+            self._names[link.index] = link.name
+            if place in self._attached:
+                self._attached[place] = (link, self._attached[place][1])
                 continue
             try:
-                self._attached[index] = (link, self._attach(link))
+                self._attached[place] = (link, self._attach(link, datagrams=place[1]))
             except OSError as error:
                 if error.errno != errno.ENODEV:  # gone again since it was listed
                     self.problems[link.name] = str(error)
 
-    def _attach(self, link: Link) -> Attachment:
-        pair = self._ethernet if link.ethernet else self._l3
+    def _attach(self, link: Link, *, datagrams: bool) -> Attachment:
+        programs = (self._datagrams if datagrams else self._tcp)[link.ethernet]
         if self._tcx is not False:
             try:
-                attachment = TcxAttachment(link.index, pair)
+                attachment = TcxAttachment(link.index, programs)
             except OSError as error:
                 # Linux before 6.6 does not know the attach type.
                 if self._tcx or error.errno != errno.EINVAL:
@@ -155,8 +173,12 @@ class Hooks:
             else:
                 self._tcx = True
                 return attachment
-        clsact = ClsactAttachment(self._netlink, link.index, pair)
+        clsact = ClsactAttachment(self._netlink, link.index, programs)
         self._tcx = False
+        if (link.index, True) not in self._attached and not datagrams:
+            # What a killed agent left, and this one may not need for long.
+            for each in self._datagrams[link.ethernet]:
+                self._netlink.delete_filter(link.index, each.parent, each.name)
         return clsact
 
     def _detach(self, link: Link, attachment: Attachment) -> None:

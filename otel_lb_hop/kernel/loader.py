@@ -22,7 +22,17 @@ from otel_lb_hop.kernel.bpf import Map
 from otel_lb_hop.kernel.compiler import MAX_MESSAGE
 
 COMPILE_SECONDS = 60
-PROGRAMS = ("lbh_ingress", "lbh_egress", "lbh_ingress_l3", "lbh_egress_l3", "lbh_sweep")
+PROGRAMS = {
+    "lbh_ingress": "tc",
+    "lbh_egress": "tc",
+    "lbh_ingress_l3": "tc",
+    "lbh_egress_l3": "tc",
+    "lbh_sweep": "tc",
+    "lbh_datagram": "tc",
+    "lbh_datagram_l3": "tc",
+    "lbh_conntrack": "socket_filter",
+}
+"""The programs and the type of each."""
 
 
 class Sizes(NamedTuple):
@@ -31,6 +41,9 @@ class Sizes(NamedTuple):
     vip_ports: int = 16_384
     backends: int = 262_144
     hops: int = 65_536
+    places: int = 16_384
+    datagram_flows: int = 8_192
+    """Of about 130 bytes each, taken from the kernel's memory at once."""
     table_buckets: int = 4_096
     """Of 8 handshakes and 1,088 bytes each: 32,768 handshakes."""
     ring_pages: int = 64
@@ -42,6 +55,8 @@ class Sizes(NamedTuple):
             "LBH_MAX_VIP_PORTS": self.vip_ports,
             "LBH_MAX_BACKENDS": self.backends,
             "LBH_MAX_HOPS": self.hops,
+            "LBH_MAX_PLACES": self.places,
+            "LBH_MAX_DATAGRAM_FLOWS": self.datagram_flows,
             "LBH_TABLE_BUCKETS": self.table_buckets,
             "LBH_RING_PAGES": self.ring_pages,
         }
@@ -56,6 +71,7 @@ class Loaded:
     backends: Map
     vip_stats: Map
     hop_stats: Map
+    places: Map
     uplinks: Map
     settings: Map
     events: Map
@@ -74,7 +90,7 @@ def ring_pages(records_per_second: int) -> int:
     return min(max(SMALLEST_RING_PAGES, 1 << wanted.bit_length()), LARGEST_RING_PAGES)
 
 
-_MAPS = ("vip_ports", "backends", "vip_stats", "hop_stats", "uplinks", "settings", "events", "records")
+_MAPS = ("vip_ports", "backends", "vip_stats", "hop_stats", "places", "uplinks", "settings", "events", "records")
 
 
 def bpf_folder() -> Path:
@@ -164,6 +180,7 @@ def load(sizes: Sizes | None = None) -> Loaded:
         backends=Map(fd_of["backends"], layout.BACKEND_KEY.size, 4),
         vip_stats=Map(fd_of["vip_stats"], 4, layout.VIP_STATS_WORDS * 8, per_cpu=True),
         hop_stats=Map(fd_of["hop_stats"], 4, layout.HOP_STATS_WORDS * 8, per_cpu=True),
+        places=Map(fd_of["places"], layout.PREFIX.size, layout.PLACE.size),
         uplinks=Map(fd_of["uplinks"], 4, layout.UPLINKS.size),
         settings=Map(fd_of["settings"], 4, layout.SETTINGS.size),
         events=Map(fd_of["events"], 4, 8, per_cpu=True),

@@ -10,8 +10,9 @@ import socket
 import threading
 from typing import TYPE_CHECKING, Any
 
-from otel_lb_hop.core.interfaces import Link
-from otel_lb_hop.kernel.slim_import import without_package_init
+from otel_lb_hop.core.interfaces import Link, Prefix, Route, Way
+from otel_lb_hop.model import pack_address
+from otel_lb_hop.slim_import import without_package_init
 
 with without_package_init("pyroute2"):
     from pyroute2.iproute.linux import IPRoute
@@ -26,7 +27,10 @@ log = logging.getLogger(__name__)
 ARPHRD_ETHER = 1
 INGRESS_PARENT = "ffff:fff2"
 EGRESS_PARENT = "ffff:fff3"
-_UNICAST = 1
+_UNICAST, _LOCAL = 1, 2
+_MAIN_TABLE, _LOCAL_TABLE = 254, 255
+_IPV4_BITS = 96
+"""How many bits more an IPv4 prefix has as one of mapped addresses."""
 _ENOUGH_OF_A_NOTICE = 64
 
 
@@ -58,20 +62,14 @@ class Netlink:
         return [_link(message) for message in self._socket.get_links() if not message["flags"] & 0x8]
 
     @_os_errors()
-    def gateway_links(self) -> tuple[set[int], set[int]]:
-        """Name the interfaces that routes over a gateway leave by, in any table: of all routes, and of default ones."""
-        found: set[int] = set()
-        default: set[int] = set()
-        for route in self._socket.get_routes():
-            if route["type"] != _UNICAST:
-                continue
-            ways = {next_hop["oif"] for next_hop in route.get("multipath") or () if _has_gateway(next_hop)}
-            if _has_gateway(route):
-                ways.add(route.get("oif") or 0)
-            found |= ways
-            if not route["dst_len"]:
-                default |= ways
-        return found, default
+    def routes(self) -> list[Route]:
+        """List the unicast routes of all tables, and the addresses of this node (the local table)."""
+        return [
+            _route(message)
+            for message in self._socket.get_routes()
+            if message["family"] in {socket.AF_INET, socket.AF_INET6}
+            and (message["type"] == _UNICAST or (message["type"] == _LOCAL and message.get("table") == _LOCAL_TABLE))
+        ]
 
     @_os_errors()
     def add_filter(self, ifindex: int, parent: str, fd: int, name: str) -> None:
@@ -120,6 +118,21 @@ def _filter_name(message: Any) -> str | None:  # noqa: ANN401 - a pyroute2 messa
 
 def _has_gateway(route: Any) -> bool:  # noqa: ANN401 - a pyroute2 message
     return bool(route.get("gateway") or route.get("via"))
+
+
+def _route(message: Any) -> Route:  # noqa: ANN401 - a pyroute2 message
+    bits = message["dst_len"]
+    ipv4 = message["family"] == socket.AF_INET
+    prefix = Prefix(bits + _IPV4_BITS * ipv4, pack_address(message.get("dst"))) if bits else None
+    ways = [Way(hop["oif"], gateway=_has_gateway(hop)) for hop in message.get("multipath") or ()]
+    if message.get("oif"):
+        ways.append(Way(message.get("oif"), gateway=_has_gateway(message)))
+    return Route(
+        prefix=prefix,
+        own=message["type"] == _LOCAL,
+        main=message["type"] == _UNICAST and message.get("table") == _MAIN_TABLE,
+        ways=tuple(ways),
+    )
 
 
 def _link(message: Any) -> Link:  # noqa: ANN401 - a pyroute2 message

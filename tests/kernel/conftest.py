@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def _close(loaded: Loaded) -> None:
-    maps = (loaded.vip_ports, loaded.backends, loaded.vip_stats, loaded.hop_stats, loaded.uplinks)
+    maps = (loaded.vip_ports, loaded.backends, loaded.vip_stats, loaded.hop_stats, loaded.places, loaded.uplinks)
     fds = [each.fd for each in (*maps, loaded.settings, loaded.events)]
     for fd in (*loaded.programs.values(), *fds, loaded.records_fd):
         os.close(fd)
@@ -44,7 +44,9 @@ def _wide(namespace: Namespace) -> Iterator[Rig]:
 
 @pytest.fixture(scope="session")
 def _narrow(namespace: Namespace) -> Iterator[Rig]:
-    yield from _rig(Sizes(vip_ports=8, backends=8, hops=16, table_buckets=1, ring_pages=1), namespace)
+    yield from _rig(
+        Sizes(vip_ports=8, backends=8, hops=16, places=8, datagram_flows=8, table_buckets=1, ring_pages=1), namespace
+    )
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ How BPF_PROG_TEST_RUN treats what it is given (net/bpf/test_run.c), found out on
 - The data of a tc program begins at the first byte given. Less than 14 bytes are refused, and so is a packet whose
   EtherType says IP when no whole IP header follows those 14 bytes; behind a VLAN tag it is let through.
 - The skb is always linear.
+- A socket filter gets the data from byte 14 on, and what comes back has zeros before it.
 What it cannot do is done on real devices in test_devices.py.
 """
 
@@ -24,6 +25,7 @@ from otel_lb_hop.core.layout import Event, Settings
 from otel_lb_hop.core.topology import Topology
 from otel_lb_hop.kernel import bpf
 from otel_lb_hop.kernel.bpf import Map, run_program
+from otel_lb_hop.kernel.conntrack import Places
 from otel_lb_hop.kernel.ring import Ring
 from otel_lb_hop.kernel.tables import KernelTables
 from otel_lb_hop.model import Backend, Cluster, Node, Policy, Transport, VipPort
@@ -45,6 +47,8 @@ WAYS = 8
 FIRST_RETRANSMIT_NS = 1_200_000_000
 """By this age a client that has heard nothing has sent its SYN again (LBH_FIRST_RETRANSMIT_NS)."""
 NODE = "node1"
+FLOW = struct.Struct("=16s16s2s2sB3x")
+"""struct lbh_flow, which the agent has no business with: client, vip, client_port, vip_port, transport."""
 EVERYTHING = Settings(verdict_after_ns=0, reject_below=0, record_interval_ns=1, record_burst_ns=1 << 62)
 """Settings that send every record and give every verdict at the next sweep."""
 
@@ -55,6 +59,18 @@ def _check(result: int) -> None:
     if result != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
+
+
+@contextmanager
+def entered(netns_fd: int) -> Iterator[None]:
+    """Put the calling thread into a network namespace for the length of a block."""
+    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _check(_libc.setns(netns_fd, CLONE_NEWNET))
+        yield
+    finally:
+        _check(_libc.setns(home, CLONE_NEWNET))
+        os.close(home)
 
 
 class Namespace:
@@ -90,13 +106,8 @@ class Namespace:
     @contextmanager
     def entered(self) -> Iterator[None]:
         """Put the calling thread into the namespace for the length of a block."""
-        home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            _check(_libc.setns(self.fd, CLONE_NEWNET))
+        with entered(self.fd):
             yield
-        finally:
-            _check(_libc.setns(home, CLONE_NEWNET))
-            os.close(home)
 
     def close(self) -> None:
         """Let go of it, and of its interfaces."""
@@ -119,7 +130,9 @@ class Rig:
         self.uplink, self.pod, self.peer = namespace.uplink, namespace.pod, namespace.far_uplink
         self.ring = Ring(loaded.records_fd, loaded.sizes.ring_pages)
         inner = _maps_of(loaded.programs["lbh_sweep"])
-        self._inner_fds = list(inner.values())
+        datagrams = _maps_of(loaded.programs["lbh_datagram"])
+        self._inner_fds = [*inner.values(), *datagrams.values()]
+        self.flows = Map(datagrams["datagram_flows"], FLOW.size, 8)
         sizes = loaded.sizes
         self.handshakes = Map(inner["handshakes"], 4, 128)
         self.tags = Map(inner["handshake_tags"], 4, 8 * WAYS)
@@ -128,6 +141,7 @@ class Rig:
         self._buckets = [number.to_bytes(4, "little") for number in range(sizes.table_buckets)]
         self.topology = Topology(NODE)
         self.tables = KernelTables(loaded)
+        self.places = Places(loaded.places)
 
     def close(self) -> None:
         """Unmap the ring, close what is open here."""
@@ -142,7 +156,7 @@ class Rig:
         self._record_due.put(zero, b"")
         self._cursor.put(zero, b"")
         loaded = self.loaded
-        for table in (loaded.vip_ports, loaded.backends, loaded.vip_stats, loaded.hop_stats):
+        for table in (loaded.vip_ports, loaded.backends, loaded.vip_stats, loaded.hop_stats, loaded.places, self.flows):
             for key in list(table.keys()):
                 table.delete(key)
         for event in Event:
@@ -154,6 +168,7 @@ class Rig:
         self.tables = KernelTables(loaded)
         self.tables.set_uplinks(frozenset({self.uplink}))
         self.tables.set_settings(settings)
+        self.places = Places(loaded.places)
 
     def forget(self) -> None:
         """Empty the handshake table."""
@@ -163,12 +178,14 @@ class Rig:
     def serve(self, *vip_ports: VipPort) -> list[Marked]:
         """Tell the kernel about VIP ports, through topology and tables as the agent does."""
         nodes = (Node(NODE, "a"), Node("node2", "b"))
-        self.tables.apply(self.topology.update(Cluster(vip_ports, nodes), 1))
+        self.topology.replace(Cluster(vip_ports, nodes), 1)
+        self.tables.apply(self.topology.tables)
         marked = []
         for vip_port in vip_ports:
             rows = self.topology.vips.by_id.items()
             # A change of policy makes a new row; the old one is kept for a while.
-            vip_id = max(n for n, row in rows if (row.address, row.port) == (vip_port.address, vip_port.port))
+            sought = vip_port.address, vip_port.port, vip_port.transport
+            vip_id = max(n for n, row in rows if (row.address, row.port, row.transport) == sought)
             hops = self.topology.hops.by_id.items()
             marked.append(
                 Marked(vip_id, {(str(row.hop), row.node): number for number, row in hops if row.vip_id == vip_id})
@@ -191,6 +208,17 @@ class Rig:
         """Let a packet leave, towards the pods if not told otherwise."""
         name = "lbh_egress" if ethernet else "lbh_egress_l3"
         self.run(name, packet, self.pod if interface is None else interface, repeat)
+
+    def datagram(self, packet: bytes, interface: int | None = None, *, ethernet: bool = True) -> None:
+        """Let a datagram come in, by the uplink if not told otherwise."""
+        name = "lbh_datagram" if ethernet else "lbh_datagram_l3"
+        self.run(name, packet, self.uplink if interface is None else interface)
+
+    def hear(self, message: bytes, repeat: int = 1) -> None:
+        """Let conntrack's socket hear a message; it must not keep it."""
+        result, after, _ = run_program(self.loaded.programs["lbh_conntrack"], bytes(14) + message, repeat)
+        assert result == 0
+        assert after == bytes(14) + message
 
     def sweep(self) -> None:
         """Let the sweep pass over every bucket once."""
@@ -252,13 +280,17 @@ def _information(fd: int, info: ctypes.Array[ctypes.c_char]) -> None:
 
 
 def vip_port(
-    vip: End, *backends: tuple[End, str | None], policy: Policy = Policy.CLUSTER, ready: bool = True
+    vip: End,
+    *backends: tuple[End, str | None],
+    policy: Policy = Policy.CLUSTER,
+    ready: bool = True,
+    transport: Transport = Transport.TCP,
 ) -> VipPort:
     """Make a VIP port with backends, each with its node."""
     return VipPort(
         vip.address,
         vip.port,
-        Transport.TCP,
+        transport,
         "default",
         f"service-{vip.port}",
         policy,

@@ -106,7 +106,9 @@ def test_each_cpu_counts_in_its_own_copy(rig: Rig) -> None:
 
 def test_run_program(rig: Rig) -> None:
     """A run answers result, packet and duration; a short packet is filled up to what the kernel takes."""
-    for name in PROGRAMS:
+    for name, kind in PROGRAMS.items():
+        if kind != "tc":
+            continue
         result, after, duration = run_program(rig.loaded.programs[name], b"\1", repeat=100)
         assert (result, after) == (UNSPEC, b"\1" + bytes(13))
         assert 0 <= duration < 1_000_000
@@ -129,6 +131,10 @@ def test_tables_are_brought_to_what_is_wanted(rig: Rig) -> None:
     assert rig.tables.usage()["backends"][0] == len(list(rig.loaded.backends.keys())) == 2
     rig.serve(vip_port(second))
     assert len(list(rig.loaded.vip_ports.keys())) == 1
+    # What went from a VIP port that stays lingers.
+    assert rig.tables.usage()["backends"][0] == len(list(rig.loaded.backends.keys())) == 1
+    rig.topology.forget_endpoints(1)
+    rig.tables.apply(rig.topology.tables)
     assert list(rig.loaded.backends.keys()) == []
     assert len(list(rig.loaded.vip_stats.keys())) == 2
     assert len(rig.snapshot().hops) == 4

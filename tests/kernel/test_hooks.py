@@ -11,6 +11,7 @@ import pytest
 from otel_lb_hop.kernel import bpf
 from otel_lb_hop.kernel.hooks import Hooks
 from otel_lb_hop.kernel.netlink import INGRESS_PARENT, Monitor, Netlink
+from otel_lb_hop.model import Transport
 from tests.bench.measure import empty_program
 from tests.kernel.packets import ethernet
 from tests.kernel.requirements import needs_kernel
@@ -86,6 +87,44 @@ def test_counts_what_comes_in(rig: Rig, netlink: Netlink, *, tcx: bool) -> None:
     send_syns()
     time.sleep(0.05)
     assert rig.vip(marked.vip_id).connections == (0, SENT)
+
+
+@BOTH_WAYS
+def test_datagrams_only_while_asked_for(rig: Rig, netlink: Netlink, *, tcx: bool) -> None:
+    """The program that watches datagrams comes and goes beside the two others, which stay and count."""
+    (marked,) = rig.serve(vip_port(VIP4))
+    (datagrams,) = rig.serve(vip_port(VIP4, transport=Transport.UDP))
+    rig.serve(vip_port(VIP4), vip_port(VIP4, transport=Transport.UDP))
+    hooks = hooks_of(rig, netlink, tcx=tcx)
+    frame = ethernet(syn4(protocol=17))
+    try:
+        for turn, asked in enumerate((False, True, True, False, True)):
+            hooks.reconcile(links_named(netlink, "uplink", "pod"), datagrams=asked)
+            assert (hooks.interfaces, hooks.problems) == (["pod", "uplink"], {})
+            for key in list(rig.flows.keys()):
+                rig.flows.delete(key)
+            send_syns(1)
+            with sender("far_uplink") as send:
+                send(frame)
+            assert wait_for_connections(rig, marked.vip_id, turn + 1) == turn + 1
+        assert wait_for_connections(rig, datagrams.vip_id, 3) == 3
+    finally:
+        hooks.close()
+    for index in (rig.uplink, rig.pod):
+        assert attached(index, bpf.BPF_TCX_INGRESS) == []
+    assert "clsact" not in said("tc", "qdisc", "show")
+
+
+def test_killed_while_it_watched_datagrams(rig: Rig, netlink: Netlink) -> None:
+    """What a killed agent left by clsact to watch datagrams goes, though the next one does not need it."""
+    hooks_of(rig, netlink, tcx=False).reconcile(links_named(netlink, "uplink"), datagrams=True)  # never closed: killed
+    hooks = hooks_of(rig, netlink, tcx=False)
+    assert said("tc", "filter", "show", "dev", "uplink", "ingress").count(" direct-action") == 2
+    hooks.reconcile(links_named(netlink, "uplink"))
+    shown = said("tc", "filter", "show", "dev", "uplink", "ingress")
+    assert shown.count(" direct-action") == shown.count(" name lbh_ingress ") == 1
+    hooks.close()
+    assert "clsact" not in said("tc", "qdisc", "show", "dev", "uplink")
 
 
 @BOTH_WAYS

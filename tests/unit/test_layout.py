@@ -34,6 +34,7 @@ int main(void)
     printf("{");
     SIZE(lbh_vip_key) SIZE(lbh_vip) SIZE(lbh_backend_key) SIZE(lbh_vip_stats) SIZE(lbh_hop_stats)
     SIZE(lbh_handshake) SIZE(lbh_tags) SIZE(lbh_record) SIZE(lbh_settings) SIZE(lbh_uplinks) SIZE(lbh_histogram)
+    SIZE(lbh_prefix)
     @FIELDS@
     @NUMBERS@
     printf("\"bounds\": [%s]}", (LBH_BOUNDS(BOUND)) + 1);
@@ -45,6 +46,7 @@ FIELDS = {
     "lbh_vip_key": (layout.VIP_KEY, ("address", "port", "transport")),
     "lbh_vip": (layout.VIP_VALUE, ("vip_id", "unforwarded")),
     "lbh_backend_key": (layout.BACKEND_KEY, ("vip_id", "address", "port")),
+    "lbh_prefix": (layout.PREFIX, ("bits", "address")),
     "lbh_uplinks": (layout.UPLINKS, ("ifindexes",)),
     "lbh_settings": (layout.SETTINGS, layout.Settings._fields),
     "lbh_record": (layout.RECORD, layout.Record._fields),
@@ -58,6 +60,7 @@ NUMBERS = {
     "LBH_EVENTS": len(layout.Event),
     **{f"LBH_{each.name}": each.value for each in layout.Unforwarded},
     **{f"LBH_{each.name}": each.value for each in layout.OriginCode},
+    **{f"LBH_{each.name}": each.value for each in layout.Place},
     **{f"LBH_{each.name}": each.value for each in layout.Event},
     **{f"LBH_VERDICT_{each.name}": each.value for each in layout.Verdict if each < layout.Verdict.DROPPED},
     "LBH_VERDICT_UNFORWARDED": layout.Verdict.DROPPED,
@@ -133,7 +136,7 @@ def test_counter_rows(header: dict[str, Any]) -> None:
     assert vip.unforwarded[0][0] == header["lbh_vip_stats.unforwarded"] // 8
     assert vip.retransmits == header["lbh_vip_stats.retransmits"] // 8
     hop = layout.unpack_hop_stats(struct.pack(f"={layout.HOP_STATS_WORDS}Q", *range(layout.HOP_STATS_WORDS)))
-    for name in ("answered", "refused", "timeout", "reply_unseen", "evicted"):
+    for name in ("answered", "refused", "timeout", "reply_unseen", "evicted", "translated"):
         assert getattr(hop, name) == header[f"lbh_hop_stats.{name}"] // 8
     assert hop.forwarded[0] == header["lbh_hop_stats.forwarded"] // 8
     assert hop.forward.sum_ns == header["lbh_hop_stats.forward"] // 8

@@ -43,7 +43,7 @@ def test_explain(user: int, error: str, output: str, told: str, monkeypatch: pyt
 def test_bpf_folder() -> None:
     """The C sources are found, with the header and the stub headers beside them."""
     folder = loader.bpf_folder()
-    for name in ("lb_hop.c", "lb_hop.h", "parse.h", "include"):
+    for name in ("lb_hop.c", "lb_hop.h", "parse.h", "conntrack.h", "include"):
         assert (folder / name).exists()
 
 
@@ -81,10 +81,13 @@ def test_installed_sources_come_first(tmp_path: Path, monkeypatch: pytest.Monkey
     ],
 )
 def test_request(release: str, old: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: FBT001
-    """The child is told sizes and source; kernels before 5.12 have no atomic compare and exchange."""
+    """The child is told sizes, source and types; kernels before 5.12 have no atomic compare and exchange."""
     monkeypatch.setattr(platform, "release", lambda: release)
-    request = loader._request(loader.Sizes(vip_ports=7))
+    request = loader._request(loader.Sizes(vip_ports=7, places=8))
     assert request["defines"]["LBH_MAX_VIP_PORTS"] == 7
+    assert request["defines"]["LBH_MAX_PLACES"] == 8
+    assert request["programs"]["lbh_ingress"] == "tc"
+    assert request["programs"]["lbh_conntrack"] == "socket_filter"
     assert ("LBH_NO_COMPARE_EXCHANGE" in request["defines"]) is old
     assert Path(request["source"]).is_file()
 

@@ -11,7 +11,7 @@ def run(code: str) -> str:
 
 def test_only_what_is_needed_is_loaded() -> None:
     """The agent's netlink room loads no network database and no unittest, also once it has been used."""
-    used = "from otel_lb_hop.kernel.netlink import Netlink; n = Netlink(); n.links(); n.gateway_links(); n.close()"
+    used = "from otel_lb_hop.kernel.netlink import Netlink; n = Netlink(); n.links(); n.routes(); n.close()"
     loaded = "import sys; print([name for name in ('pyroute2.ndb.main', 'sqlite3', 'pyroute2') if name in sys.modules])"
     assert run(f"{used}; {loaded}") == "[]"
 
@@ -28,7 +28,7 @@ def test_the_package_is_whole_for_others() -> None:
 def test_a_loaded_package_is_left_alone() -> None:
     """A package that is there already is used as it is."""
     code = (
-        "import pyroute2; from otel_lb_hop.kernel.slim_import import without_package_init;"
+        "import pyroute2; from otel_lb_hop.slim_import import without_package_init;"
         "import sys\nwith without_package_init('pyroute2'): pass\nprint(sys.modules['pyroute2'] is pyroute2)"
     )
     assert run(code) == "True"

@@ -1,0 +1,124 @@
+"""The socket that hears of new connections from conntrack, and the table by which their origin is told.
+
+What is heard is counted by a program in the kernel, which lets nothing through to the socket: there is nothing to
+read from it, and it wakes nobody.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from otel_lb_hop.core.layout import PLACE, PREFIX
+from otel_lb_hop.errors import KernelError
+
+if TYPE_CHECKING:
+    from otel_lb_hop.core.interfaces import Prefix
+    from otel_lb_hop.core.layout import Place
+    from otel_lb_hop.kernel.bpf import Map
+
+EVENTS_SYSCTL = Path("/proc/sys/net/netfilter/nf_conntrack_events")
+"""Of the network namespace of whoever reads it."""
+
+_NETLINK_NETFILTER = 12
+_SOL_NETLINK = 270
+_NETLINK_ADD_MEMBERSHIP = 1
+_SO_ATTACH_BPF = 50
+_GROUP_NEW = 1
+"""NFNLGRP_CONNTRACK_NEW."""
+_GET_STATS = 1 << 8 | 5
+"""NFNL_SUBSYS_CTNETLINK and IPCTNL_MSG_CT_GET_STATS."""
+_NLM_F_REQUEST = 1
+_NLMSG_ERROR = 2
+_ASK_SECONDS = 5
+_LONGEST_ANSWER = 4_096
+
+
+class ConntrackSocket:
+    """Lets a socket filter see every new connection of this network namespace for as long as it is open.
+
+    The kernel builds the messages only while somebody listens: this costs the whole node some time for each
+    connection, of any kind. Raises KernelError with what to do about it.
+    """
+
+    def __init__(self, program_fd: int) -> None:
+        try:
+            _require_ctnetlink()
+            self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
+        except OSError as error:
+            raise KernelError(_explain(error)) from error
+        try:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)  # the kernel's smallest
+            # A socket without a name of its own hears nothing: the kernel's is the same, zero.
+            self._socket.bind((0, 0))
+            # First the filter, then the messages: nothing gets past it.
+            self._socket.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_BPF, program_fd)
+            self._socket.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, _GROUP_NEW)
+        except OSError as error:
+            self._socket.close()
+            raise KernelError(_explain(error)) from error
+
+    def close(self) -> None:
+        """Stop hearing."""
+        self._socket.close()
+
+
+def _require_ctnetlink() -> None:
+    """Ask ctnetlink for a number: the kernel lets a socket join its groups whether it is there or not."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER) as asking:
+        asking.settimeout(_ASK_SECONDS)
+        asking.sendto(struct.pack("=IHHIIBBH", 20, _GET_STATS, _NLM_F_REQUEST, 1, 0, socket.AF_UNSPEC, 0, 0), (0, 0))
+        answer = asking.recv(_LONGEST_ANSWER)
+    (kind,) = struct.unpack_from("=H", answer, 4)
+    if kind == _NLMSG_ERROR:
+        (code,) = struct.unpack_from("=i", answer, 16)
+        raise OSError(-code, os.strerror(-code))
+
+
+def _explain(error: OSError) -> str:
+    if error.errno in {errno.EPERM, errno.EACCES}:
+        hint = "CAP_NET_ADMIN is needed"
+    elif error.errno in {errno.EINVAL, errno.EPROTONOSUPPORT, errno.EOPNOTSUPP}:
+        hint = "the kernel module nf_conntrack_netlink is needed: modprobe nf_conntrack_netlink"
+    else:
+        hint = "the next try follows"
+    return f"UDP and SCTP cannot be heard of from conntrack: {hint} ({error})"
+
+
+def events_problem(sysctl: Path = EVENTS_SYSCTL) -> str | None:
+    """Tell why conntrack would send no events though somebody listens; None if it sends them.
+
+    The sysctl is read, and never written.
+    """
+    try:
+        value = sysctl.read_text(encoding="ascii").strip()
+    except FileNotFoundError:
+        return "conntrack is not there, or without events: is the kernel module nf_conntrack loaded?"
+    except OSError as error:
+        return f"{sysctl} cannot be read: {error}"
+    return None if value != "0" else "net.netfilter.nf_conntrack_events is 0: conntrack sends no events; set it to 2"
+
+
+class Places:
+    """The writer of the table of places; knows what it wrote, so it writes only changes."""
+
+    def __init__(self, table: Map) -> None:
+        self._table = table
+        self._written: dict[Prefix, Place] = {}
+
+    def __len__(self) -> int:
+        return len(self._written)
+
+    def set(self, wanted: dict[Prefix, Place]) -> None:
+        """Make the kernel hold exactly these; raises OSError if it refuses, and the next call goes on from there."""
+        for prefix in self._written.keys() - wanted.keys():
+            self._table.delete(PREFIX.pack(*prefix))
+            del self._written[prefix]
+        for prefix, place in wanted.items():
+            if self._written.get(prefix) is not place:
+                self._table.put(PREFIX.pack(*prefix), PLACE.pack(place))
+                self._written[prefix] = place
