@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
+from typing import NamedTuple
 
 MAPPED_PREFIX = bytes(10) + b"\xff\xff"
 
@@ -64,7 +65,8 @@ class Failure(StrEnum):
 class Backend:
     """One endpoint of a VIP port: the pod address and port that traffic is translated to.
 
-    `node` is None for an endpoint that names no node; `zone` is its node's zone, None when not known.
+    `node` is None for an endpoint that names no node; `zone` is its node's zone, None when not known. `serving`
+    marks one that is terminating but still serving: kube-proxy falls back to those when none is ready.
     """
 
     address: bytes
@@ -74,11 +76,15 @@ class Backend:
     pod_namespace: str | None = None
     pod: str | None = None
     ready: bool = True
+    serving: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class VipPort:
-    """One Service port as a client sees it: (VIP, transport, port), the Service behind it, its backends."""
+    """One Service port as a client sees it: (VIP, transport, port), the Service behind it, its backends.
+
+    While the endpoints are not known, which is something else than that there are none, `endpoints_known` is False.
+    """
 
     address: bytes
     port: int
@@ -87,20 +93,80 @@ class VipPort:
     service: str
     policy: Policy = Policy.CLUSTER
     backends: tuple[Backend, ...] = ()
+    endpoints_known: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A node of the cluster and the zone and region it says it is in."""
+    """A node of the cluster, the zone and region it says it is in, and its addresses (status.addresses)."""
 
     name: str
     zone: str | None = None
     region: str | None = None
+    uid: str | None = None
+    addresses: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ServicePort:
+    """One of `spec.ports` of a Service; the name is empty for the only port of a Service that names none."""
+
+    name: str
+    port: int
+    transport: Transport
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What is needed of a Service that clients outside may reach.
+
+    `vips` are the addresses that its load balancer gave it; `skipped` are (what was read, why it is none) for the
+    others, such as a load balancer that is known by its host name only.
+    """
+
+    namespace: str
+    name: str
+    policy: Policy
+    vips: tuple[bytes, ...]
+    ports: tuple[ServicePort, ...]
+    external_ips: tuple[bytes, ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SlicePort:
+    """One of `ports` of an EndpointSlice, and every endpoint of the slice at that port."""
+
+    name: str
+    transport: Transport
+    backends: tuple[Backend, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointSlice:
+    """What is needed of an EndpointSlice; `service` is the name of the Service it belongs to."""
+
+    namespace: str
+    name: str
+    service: str
+    ports: tuple[SlicePort, ...]
+
+
+class Skipped(NamedTuple):
+    """Something that looks like a VIP port but is not watched: what of which Service, and why."""
+
+    namespace: str
+    service: str
+    what: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.service} {self.what}: {self.reason}"
 
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """What the topology is made from: every VIP port and every known node."""
+    """The whole content of a VIP file: every VIP port and every node it names."""
 
     vip_ports: tuple[VipPort, ...] = ()
     nodes: tuple[Node, ...] = ()

@@ -23,7 +23,7 @@ class Connection(NamedTuple):
     """One connection as the records tell it. Times are Unix nanoseconds, durations nanoseconds.
 
     `snat` and `backend` are None if the translation was not seen; `forward_ns` and `handshake_ns` if they were
-    not measured.
+    not measured; `answered` if nobody can know, as of UDP.
     """
 
     trace_high: int
@@ -44,7 +44,7 @@ class Connection(NamedTuple):
     zone_crossed: bool | None
     origin: Origin
     failure: Failure | None
-    answered: bool
+    answered: bool | None
     interface_in: str | None
     interface_out: str | None
     retransmits: int
@@ -72,7 +72,7 @@ def resolve(
         return None
     verdict = Verdict(record.verdict)
     forwarded = verdict < Verdict.DROPPED
-    translated = bool(record.forward_ns)
+    translated = bool(record.forward_ns) or verdict is Verdict.TRANSLATED
     row: HopRow | None = topology.hops.by_id.get(record.hop_id) if forwarded else None
     hop, node, zone_crossed = row[1:] if row else _UNKNOWN_HOP
     backend = (record.backend, unpack_port(record.backend_port)) if translated else None
@@ -81,7 +81,7 @@ def resolve(
         trace_high=record.trace_high,
         trace_low=record.trace_low,
         start_ns=record.syn_ns + offset_ns,
-        forwarded_at_ns=record.forward_ns + offset_ns if translated else None,
+        forwarded_at_ns=record.forward_ns + offset_ns if record.forward_ns else None,
         end_ns=record.end_ns + offset_ns,
         vip_id=record.vip_id,
         vip=vip,
@@ -96,8 +96,8 @@ def resolve(
         zone_crossed=zone_crossed,
         origin=ORIGIN_OF[record.origin],
         failure=FAILURE_OF.get(verdict),
-        answered=verdict is Verdict.ANSWERED,
-        interface_in=interface_name(record.in_ifindex),
+        answered=None if verdict is Verdict.TRANSLATED else verdict is Verdict.ANSWERED,
+        interface_in=interface_name(record.in_ifindex) if record.in_ifindex else None,
         interface_out=interface_name(record.out_ifindex) if record.out_ifindex else None,
         retransmits=record.retransmits,
     )

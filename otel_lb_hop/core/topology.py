@@ -1,25 +1,46 @@
 """What the cluster looks like from this node, and the ids under which the kernel counts it.
 
 Owns the identity of counter rows: an id belongs to one set of metric attributes for ever and is never given to
-another, so no Service can inherit another's counts. Makes the tables that the kernel has to hold; writing them is
-kernel/tables.py. Pure: the time is an argument.
+another, so no Service can inherit another's counts. Keeps the tables that the kernel has to hold, and what of them
+changed; writing them is kernel/tables.py. A change costs what it touches, not what is known. Pure: the time is an
+argument.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from otel_lb_hop.core.layout import BACKEND_KEY, VIP_KEY, VIP_VALUE, Unforwarded, pack_port
-from otel_lb_hop.model import Hop, Policy, Transport
+from otel_lb_hop.model import Hop, Policy, Skipped, Transport, format_address
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
-    from otel_lb_hop.model import Backend, Cluster, VipPort
+    from otel_lb_hop.model import Backend, Cluster, Node, VipPort
 
 KEEP_RETIRED_NS = 300 * 10**9
 """How long a row outlives its place in the topology: open handshakes settle, and what comes back goes on."""
+LINGER_NS = 30 * 10**9
+"""How long an endpoint that is gone is still known: kube-proxy may go on translating to it for a moment, and records
+of connections to it are told up to seconds later."""
+
+
+class Source(IntEnum):
+    """Where a Service or a node is known from; on the same VIP port the lower one wins."""
+
+    API = 0
+    FILE = 1
+
+
+class ServiceId(NamedTuple):
+    """One Service of one source."""
+
+    source: Source
+    namespace: str
+    name: str
 
 
 class VipRow(NamedTuple):
@@ -49,24 +70,30 @@ class Rows(NamedTuple):
     hop_ids: frozenset[int]
 
 
-class Tables(NamedTuple):
-    """What the kernel's tables have to hold, keys and values as bytes, and the rows that they point to."""
+@dataclass(slots=True)
+class Pending:
+    """The parts of the tables that the kernel may not have yet: row ids, and keys that came, changed or went."""
 
-    vip_ports: dict[bytes, bytes]
-    backends: dict[bytes, bytes]
-    vip_ids: frozenset[int]
-    hop_ids: frozenset[int]
+    vip_ids: set[int] = field(default_factory=set)
+    hop_ids: set[int] = field(default_factory=set)
+    vip_ports: set[bytes] = field(default_factory=set)
+    backends: set[bytes] = field(default_factory=set)
+
+    def __bool__(self) -> bool:
+        return bool(self.vip_ids or self.hop_ids or self.vip_ports or self.backends)
 
 
-class Skipped(NamedTuple):
-    """A VIP port that is known but not watched, and why."""
+@dataclass(slots=True)
+class Tables:
+    """What the kernel's tables have to hold, keys and values as bytes; whoever wrote a part takes it off `pending`."""
 
-    vip_port: VipPort
-    reason: str
+    vip_ports: dict[bytes, bytes] = field(default_factory=dict)
+    backends: dict[bytes, bytes] = field(default_factory=dict)
+    pending: Pending = field(default_factory=Pending)
 
 
 class Placement(NamedTuple):
-    """Ready endpoints of a VIP port by where they are, seen from this node; without zones all are in one."""
+    """Endpoints that a VIP port uses, by where they are, seen from this node; without zones all are in one."""
 
     local: int
     same_zone: int
@@ -93,11 +120,13 @@ class _Rows(Generic[_Row]):
         self._ids[row] = row_id
         self.created_ns[row_id] = now_ns
 
-    def retire_all_but(self, used: Iterable[int], now_ns: int) -> None:
-        for row_id in self.by_id.keys() - set(used):
-            self._retired_ns.setdefault(row_id, now_ns)
-        for row_id in used:
+    def use(self, row_ids: Iterable[int]) -> None:
+        for row_id in row_ids:
             self._retired_ns.pop(row_id, None)
+
+    def retire(self, row_ids: Iterable[int], now_ns: int) -> None:
+        for row_id in row_ids:
+            self._retired_ns.setdefault(row_id, now_ns)
 
     def forget_before(self, limit_ns: int) -> None:
         for row_id in [row_id for row_id, retired in self._retired_ns.items() if retired <= limit_ns]:
@@ -105,107 +134,259 @@ class _Rows(Generic[_Row]):
             del self._ids[self.by_id.pop(row_id)]
 
 
-class Topology:
-    """The current topology and its rows. `update` takes a whole new cluster state and answers what it means."""
+class _Entry(NamedTuple):
+    """What one VIP port has in the tables; `owner` is the Service that has it."""
 
-    def __init__(self, node_name: str) -> None:
+    owner: ServiceId
+    vip_port: VipPort
+    vip_id: int
+    hop_ids: frozenset[int]
+    backend_keys: frozenset[bytes]
+
+
+class Topology:
+    """The current topology and its rows.
+
+    `update` takes what changed and brings `tables` to it. On one VIP port the source, then the name, decides between
+    Services that claim it, on every node in the same way and in whatever order they came.
+    """
+
+    def __init__(self, node_name: str, now_ns: int = 0) -> None:
         self.node_name = node_name
         self.zone: str | None = None
         self.vips: _Rows[VipRow] = _Rows()
         self.hops: _Rows[HopRow] = _Rows()
-        self.skipped: tuple[Skipped, ...] = ()
+        self.tables = Tables()
         self.placements: dict[int, Placement] = {}
-        self._backends: dict[tuple[int, bytes, int], Backend] = {}
-        self._next_id = 1
+        self._services: dict[ServiceId, dict[bytes, VipPort]] = {}
+        self._claims: dict[bytes, set[ServiceId]] = {}
+        self._contested: set[bytes] = set()
+        self._datagrams: dict[bytes, Unforwarded] = {}
+        self._entries: dict[bytes, _Entry] = {}
+        self._backends: dict[bytes, Backend] = {}
+        self._lingering: dict[bytes, int] = {}
+        self._nodes: dict[Source, dict[str, Node]] = {source: {} for source in Source}
         self._zones: dict[str, str] = {}
-        self._updated_ns = 0
+        self._zone_of_backends: str | None = None
+        self._next_id = 1
+        self._current_ns = now_ns
 
     @property
     def watched(self) -> int:
         """How many VIP ports the kernel watches for us."""
-        return len(self.placements)
+        return len(self._entries)
+
+    @property
+    def datagram_needs(self) -> tuple[int, int]:
+        """How many UDP and SCTP VIP ports are watched, and how many of them have no endpoint to be forwarded to."""
+        unserved = sum(reason is not Unforwarded.DROPPED for reason in self._datagrams.values())
+        return len(self._datagrams), unserved
+
+    @property
+    def own_node(self) -> Node | None:
+        """The node that the agent runs on, if it is known."""
+        return self._node(self.node_name)
+
+    @property
+    def skipped(self) -> list[Skipped]:
+        """The VIP ports that a Service claims but does not have, and who has them."""
+        skipped = []
+        for key in sorted(self._contested):
+            entry = self._entries[key]
+            for loser in sorted(self._claims[key] - {entry.owner}):
+                vip_port = self._services[loser][key]
+                what = f"{format_address(vip_port.address)} port {vip_port.port} {vip_port.transport.name}"
+                reason = f"{entry.owner.namespace}/{entry.owner.name} has this VIP port"
+                skipped.append(Skipped(loser.namespace, loser.name, what, reason))
+        return skipped
 
     def age_ns(self, now_ns: int) -> int:
         """How long ago the topology was last known to be current."""
-        return max(0, now_ns - self._updated_ns) if self._updated_ns else 0
+        return max(0, now_ns - self._current_ns)
 
     def confirm(self, now_ns: int) -> None:
-        """Note that the source was read again and says the same."""
-        self._updated_ns = now_ns
+        """Note that the sources said so at that time, with news or without."""
+        self._current_ns = now_ns
 
     def backend(self, vip_id: int, address: bytes, port: int) -> Backend | None:
-        """Find the endpoint that a VIP port was translated to."""
-        return self._backends.get((vip_id, address, port))
+        """Find the endpoint that a VIP port was translated to, also one that went lately."""
+        return self._backends.get(BACKEND_KEY.pack(vip_id, address, pack_port(port)))
 
-    def update(self, cluster: Cluster, now_ns: int) -> Tables:
-        """Take over a new cluster state; returns the whole content that the kernel tables should have."""
-        self._updated_ns = now_ns
-        self._zones = {node.name: node.zone for node in cluster.nodes if node.zone}
-        self.zone = self._zones.get(self.node_name) or self._zone_by_backends(cluster)
-        skipped: list[Skipped] = []
-        claimed: dict[bytes, VipPort] = {}
-        for vip_port in sorted(cluster.vip_ports, key=lambda each: (each.namespace, each.service)):
-            key = VIP_KEY.pack(vip_port.address, pack_port(vip_port.port), vip_port.transport)
-            if vip_port.transport is not Transport.TCP:
-                skipped.append(Skipped(vip_port, f"{vip_port.transport.name} is not watched by this version"))
-            elif key in claimed:
-                winner = claimed[key]
-                skipped.append(Skipped(vip_port, f"{winner.namespace}/{winner.service} has this VIP port"))
+    def zone_of(self, backend: Backend) -> str | None:
+        """Tell the zone of an endpoint: its own, else its node's."""
+        return backend.zone or (self._zones.get(backend.node) if backend.node else None)
+
+    def replace(self, cluster: Cluster, now_ns: int) -> None:
+        """Take over the whole content of the VIP file."""
+        services: dict[ServiceId, list[VipPort]] = {key: [] for key in self._services if key.source is Source.FILE}
+        for vip_port in cluster.vip_ports:
+            services.setdefault(ServiceId(Source.FILE, vip_port.namespace, vip_port.service), []).append(vip_port)
+        nodes: dict[str, Node | None] = dict.fromkeys(self._nodes[Source.FILE])
+        self.update_nodes(Source.FILE, nodes | {node.name: node for node in cluster.nodes}, now_ns)
+        self.update(services, now_ns)
+
+    def update(self, services: Mapping[ServiceId, Iterable[VipPort]], now_ns: int) -> None:
+        """Take over all VIP ports of these Services; none means that the Service is gone."""
+        touched: dict[bytes, None] = {}
+        for service_id, vip_ports in services.items():
+            before = self._services.pop(service_id, {})
+            after = {_vip_key(vip_port): vip_port for vip_port in vip_ports}
+            if after:
+                self._services[service_id] = after
+            for key in before.keys() - after.keys():
+                self._claims[key].discard(service_id)
+                if not self._claims[key]:
+                    del self._claims[key]
+            for key in after.keys() - before.keys():
+                self._claims.setdefault(key, set()).add(service_id)
+            touched |= dict.fromkeys([*before, *after])
+            self._learn_zone(after.values())
+        if self._find_own_zone():
+            touched = dict.fromkeys([*self._entries, *self._claims])
+        for key in touched:
+            self._rebuild(key, now_ns)
+
+    def update_nodes(self, source: Source, nodes: Mapping[str, Node | None], now_ns: int) -> None:
+        """Take over nodes by name; None for one that is gone."""
+        for name, node in nodes.items():
+            if node is None:
+                self._nodes[source].pop(name, None)
             else:
-                claimed[key] = vip_port
-        self.skipped = tuple(skipped)
-        self._backends = {}
-        self.placements = {}
-        vip_table: dict[bytes, bytes] = {}
-        backend_table: dict[bytes, bytes] = {}
-        hop_ids: set[int] = set()
-        for key, vip_port in claimed.items():
-            vip_id = self._vip_id(vip_port, now_ns)
-            local = any(backend.ready and self._is_local(backend) for backend in vip_port.backends)
-            self.placements[vip_id] = self._placement(vip_port)
-            vip_table[key] = VIP_VALUE.pack(vip_id, _unforwarded(vip_port, local=local))
-            # Its own id is also its row for a backend that is not known (yet).
-            self._add_hop(vip_id, HopRow(vip_id, Hop.UNKNOWN, None, None), now_ns)
-            hop_ids.add(vip_id)
-            for backend in vip_port.backends:
-                self._backends[vip_id, backend.address, backend.port] = backend
-                hop_id = self._hop_id(vip_id, self._classify(backend, local=local), backend, now_ns)
-                hop_ids.add(hop_id)
-                backend_key = BACKEND_KEY.pack(vip_id, backend.address, pack_port(backend.port))
-                backend_table[backend_key] = hop_id.to_bytes(4, sys.byteorder)
-        self.vips.retire_all_but(self.placements, now_ns)
-        self.hops.retire_all_but(hop_ids, now_ns)
-        return Tables(vip_table, backend_table, frozenset(self.placements), frozenset(hop_ids))
+                self._nodes[source][name] = node
+        changed = set()
+        for name in nodes:
+            known = self._node(name)
+            zone = (known.zone if known else None) or None
+            if zone != self._zones.get(name):
+                changed.add(name)
+                if zone:
+                    self._zones[name] = zone
+                else:
+                    del self._zones[name]
+        everywhere = self._find_own_zone()
+        if not everywhere and not changed:
+            return
+        for key, entry in list(self._entries.items()):
+            if everywhere or any(backend.node in changed for backend in entry.vip_port.backends):
+                self._rebuild(key, now_ns)
 
     def rows(self, retired_before_ns: int) -> Rows:
         """Forget the rows that were retired until then, and tell which ones the kernel has to keep."""
         self.vips.forget_before(retired_before_ns)
         self.hops.forget_before(retired_before_ns)
+        self.tables.pending.vip_ids &= self.vips.by_id.keys()
+        self.tables.pending.hop_ids &= self.hops.by_id.keys()
         return Rows(frozenset(self.vips.by_id), frozenset(self.hops.by_id))
+
+    def forget_endpoints(self, gone_before_ns: int) -> None:
+        """Forget the endpoints that went until then."""
+        while self._lingering:
+            key, gone_ns = next(iter(self._lingering.items()))
+            if gone_ns > gone_before_ns:
+                return
+            del self._lingering[key], self._backends[key]
+            self._drop_backend(key)
+
+    def _node(self, name: str) -> Node | None:
+        return next((nodes[name] for nodes in self._nodes.values() if name in nodes), None)
+
+    def _learn_zone(self, vip_ports: Iterable[VipPort]) -> None:
+        for vip_port in vip_ports:
+            for backend in vip_port.backends:
+                if backend.zone and self._is_local(backend):
+                    self._zone_of_backends = backend.zone
+                    return
+
+    def _find_own_zone(self) -> bool:
+        """Find this node's zone: its node object's, else that of an endpoint on it. Answers whether it changed."""
+        before, self.zone = self.zone, self._zones.get(self.node_name) or self._zone_of_backends
+        return self.zone != before
+
+    def _rebuild(self, key: bytes, now_ns: int) -> None:
+        """Bring one VIP port's part of the tables to what its claimants say now."""
+        before = self._entries.pop(key, None)
+        claimants = self._claims.get(key, ())
+        (self._contested.add if len(claimants) > 1 else self._contested.discard)(key)
+        if claimants:
+            after = self._enter(key, min(claimants), now_ns)
+            self._entries[key] = after
+            keep_vip, keep_hops, keep_backends = {after.vip_id}, after.hop_ids, after.backend_keys
+        else:
+            keep_vip, keep_hops, keep_backends = set(), frozenset(), frozenset()
+            self._datagrams.pop(key, None)
+            if self.tables.vip_ports.pop(key, None) is not None:
+                self.tables.pending.vip_ports.add(key)
+        if before is None:
+            return
+        self.vips.retire({before.vip_id} - keep_vip, now_ns)
+        self.hops.retire(before.hop_ids - keep_hops, now_ns)
+        for backend_key in before.backend_keys - keep_backends:
+            self._lingering[backend_key] = now_ns
+            if before.vip_id not in keep_vip:
+                self._drop_backend(backend_key)
+        if before.vip_id not in keep_vip:
+            del self.placements[before.vip_id]
+
+    def _enter(self, key: bytes, owner: ServiceId, now_ns: int) -> _Entry:
+        vip_port = self._services[owner][key]
+        vip_id = self._vip_id(vip_port, now_ns)
+        used = _used(vip_port.backends)
+        local = any(self._is_local(backend) for backend in used)
+        self.placements[vip_id] = self._placement(used)
+        reason = self._unforwarded(vip_port)
+        if vip_port.transport is not Transport.TCP:
+            self._datagrams[key] = reason
+        self._put(self.tables.vip_ports, self.tables.pending.vip_ports, key, VIP_VALUE.pack(vip_id, reason))
+        # Its own id is also its row for a backend that is not known (yet).
+        if vip_id not in self.hops.by_id:
+            self._add(self.hops, vip_id, HopRow(vip_id, Hop.UNKNOWN, None, None), now_ns)
+        hop_ids = {vip_id}
+        backend_keys = []
+        rows: dict[tuple[str | None, str | None], int] = {}
+        for backend in vip_port.backends:
+            place = backend.node, backend.zone
+            hop_id = rows.get(place)
+            if hop_id is None:
+                hop_id = rows[place] = self._hop_id(vip_id, self._classify(backend, local=local), backend, now_ns)
+                hop_ids.add(hop_id)
+            backend_key = BACKEND_KEY.pack(vip_id, backend.address, pack_port(backend.port))
+            backend_keys.append(backend_key)
+            self._backends[backend_key] = backend
+            self._lingering.pop(backend_key, None)
+            value = hop_id.to_bytes(4, sys.byteorder)
+            self._put(self.tables.backends, self.tables.pending.backends, backend_key, value)
+        self.vips.use([vip_id])
+        self.hops.use(hop_ids)
+        return _Entry(owner, vip_port, vip_id, frozenset(hop_ids), frozenset(backend_keys))
+
+    def _put(self, table: dict[bytes, bytes], pending: set[bytes], key: bytes, value: bytes) -> None:
+        if table.get(key) != value:
+            table[key] = value
+            pending.add(key)
+
+    def _drop_backend(self, key: bytes) -> None:
+        if self.tables.backends.pop(key, None) is not None:
+            self.tables.pending.backends.add(key)
 
     def _vip_id(self, vip_port: VipPort, now_ns: int) -> int:
         row = VipRow(
             vip_port.namespace, vip_port.service, vip_port.address, vip_port.port, vip_port.transport, vip_port.policy
         )
-        return self._known_or_new(self.vips, row, now_ns)
+        known = self.vips.find(row)
+        return self._add(self.vips, self._take_id(), row, now_ns) if known is None else known
 
     def _hop_id(self, vip_id: int, hop: Hop, backend: Backend, now_ns: int) -> int:
         if hop is Hop.UNKNOWN:
             return vip_id
         row = HopRow(vip_id, hop, backend.node, self._zone_crossed(backend))
-        return self._known_or_new(self.hops, row, now_ns)
+        known = self.hops.find(row)
+        return self._add(self.hops, self._take_id(), row, now_ns) if known is None else known
 
-    def _known_or_new(self, rows: _Rows[_Row], row: _Row, now_ns: int) -> int:
-        known = rows.find(row)
-        if known is not None:
-            return known
-        row_id = self._take_id()
+    def _add(self, rows: _Rows[_Row], row_id: int, row: _Row, now_ns: int) -> int:
         rows.add(row_id, row, now_ns)
+        pending = self.tables.pending
+        (pending.vip_ids if isinstance(row, VipRow) else pending.hop_ids).add(row_id)
         return row_id
-
-    def _add_hop(self, hop_id: int, row: HopRow, now_ns: int) -> None:
-        if hop_id not in self.hops.by_id:
-            self.hops.add(hop_id, row, now_ns)
 
     def _take_id(self) -> int:
         taken, self._next_id = self._next_id, self._next_id + 1
@@ -214,20 +395,9 @@ class Topology:
     def _is_local(self, backend: Backend) -> bool:
         return backend.node == self.node_name
 
-    def zone_of(self, backend: Backend) -> str | None:
-        """Tell the zone of an endpoint: its own, else its node's."""
-        return backend.zone or (self._zones.get(backend.node) if backend.node else None)
-
     def _zone_crossed(self, backend: Backend) -> bool | None:
         zone = self.zone_of(backend)
         return None if zone is None or self.zone is None else zone != self.zone
-
-    def _zone_by_backends(self, cluster: Cluster) -> str | None:
-        for vip_port in cluster.vip_ports:
-            for backend in vip_port.backends:
-                if self._is_local(backend) and backend.zone:
-                    return backend.zone
-        return None
 
     def _classify(self, backend: Backend, *, local: bool) -> Hop:
         if backend.node is None:
@@ -236,16 +406,32 @@ class Topology:
             return Hop.NONE
         return Hop.AVOIDABLE if local else Hop.REQUIRED
 
-    def _placement(self, vip_port: VipPort) -> Placement:
-        ready = [backend for backend in vip_port.backends if backend.ready]
-        local = sum(self._is_local(backend) for backend in ready)
-        crossed = sum(self._zone_crossed(backend) is True for backend in ready if not self._is_local(backend))
-        return Placement(local, len(ready) - local - crossed, crossed)
+    def _placement(self, used: list[Backend]) -> Placement:
+        local = sum(self._is_local(backend) for backend in used)
+        crossed = sum(self._zone_crossed(backend) is True for backend in used if not self._is_local(backend))
+        return Placement(local, len(used) - local - crossed, crossed)
+
+    def _unforwarded(self, vip_port: VipPort) -> Unforwarded:
+        if not vip_port.endpoints_known:
+            return Unforwarded.DROPPED
+        if not _used(vip_port.backends):
+            return Unforwarded.NO_ENDPOINTS
+        # With policy Local, kube-proxy falls back to terminating endpoints of its own node alone.
+        if vip_port.policy is Policy.LOCAL and not any(
+            self._is_local(backend) and (backend.ready or backend.serving) for backend in vip_port.backends
+        ):
+            return Unforwarded.NO_LOCAL_ENDPOINTS
+        return Unforwarded.DROPPED
 
 
-def _unforwarded(vip_port: VipPort, *, local: bool) -> Unforwarded:
-    if not any(backend.ready for backend in vip_port.backends):
-        return Unforwarded.NO_ENDPOINTS
-    if vip_port.policy is Policy.LOCAL and not local:
-        return Unforwarded.NO_LOCAL_ENDPOINTS
-    return Unforwarded.DROPPED
+def _vip_key(vip_port: VipPort) -> bytes:
+    return VIP_KEY.pack(vip_port.address, pack_port(vip_port.port), vip_port.transport)
+
+
+def _used(backends: Iterable[Backend]) -> list[Backend]:
+    """Leave those that kube-proxy picks from: the ready ones, else those that still serve while they terminate.
+
+    kubernetes pkg/proxy/topology.go, KEP-1669.
+    """
+    ready = [backend for backend in backends if backend.ready]
+    return ready or [backend for backend in backends if backend.serving]

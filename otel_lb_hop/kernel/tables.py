@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import sys
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from otel_lb_hop.core.layout import MAX_UPLINKS, UPLINKS, Event, sum_cpus, unpack_hop_stats, unpack_vip_stats
+from otel_lb_hop.core.layout import MAX_UPLINKS, UPLINKS, VIP_VALUE, Event, sum_cpus, unpack_hop_stats, unpack_vip_stats
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from otel_lb_hop.core.layout import HopStats, Settings, VipStats
     from otel_lb_hop.core.topology import Rows, Tables
-    from otel_lb_hop.kernel.bpf import Map
     from otel_lb_hop.kernel.loader import Loaded
+
+_Key = TypeVar("_Key")
 
 
 class Snapshot(NamedTuple):
@@ -27,7 +31,7 @@ def _id(number: int) -> bytes:
 
 
 class KernelTables:
-    """The writer of the tables and the reader of the counters; knows what it wrote, so it writes only changes.
+    """The writer of the tables and the reader of the counters; knows what the kernel holds.
 
     Order matters: a row exists before anything points to it, and goes after nothing does, so that no connection
     finds an id without counters.
@@ -35,8 +39,8 @@ class KernelTables:
 
     def __init__(self, loaded: Loaded) -> None:
         self._loaded = loaded
-        self._vip_ports: dict[bytes, bytes] = {}
-        self._backends: dict[bytes, bytes] = {}
+        self._vip_ports: set[bytes] = set()
+        self._backends: set[bytes] = set()
         self._uplinks: frozenset[int] = frozenset()
         self._vip_ids: set[int] = set()
         self._hop_ids: set[int] = set()
@@ -46,12 +50,27 @@ class KernelTables:
         self._loaded.settings.put(_id(0), settings.pack())
 
     def apply(self, tables: Tables) -> None:
-        """Make the kernel hold exactly these tables; raises OSError if a map is full, with what fits in place."""
-        self._add_rows(tables.vip_ids, tables.hop_ids)
-        _write_changes(self._loaded.backends, self._backends, tables.backends)
-        _write_changes(self._loaded.vip_ports, self._vip_ports, tables.vip_ports)
-        _remove_gone(self._loaded.vip_ports, self._vip_ports, tables.vip_ports)
-        _remove_gone(self._loaded.backends, self._backends, tables.backends)
+        """Bring the kernel to these tables by what is pending, and take off what is done.
+
+        Does all that can be done, then raises the first OSError if there was one, as when a map is full; what could
+        not be written stays pending.
+        """
+        pending = tables.pending
+        errors: list[OSError] = []
+        _do_each(pending.vip_ids, self._add_vip_row, errors)
+        _do_each(pending.hop_ids, self._add_hop_row, errors)
+        gone_backends = pending.backends - tables.backends.keys()
+        gone_vip_ports = pending.vip_ports - tables.vip_ports.keys()
+        pending.backends -= gone_backends
+        pending.vip_ports -= gone_vip_ports
+        _do_each(pending.backends, lambda key: self._put_backend(key, tables.backends[key]), errors)
+        _do_each(pending.vip_ports, lambda key: self._put_vip_port(key, tables.vip_ports[key]), errors)
+        _do_each(gone_vip_ports, self._delete_vip_port, errors)
+        _do_each(gone_backends, self._delete_backend, errors)
+        pending.vip_ports |= gone_vip_ports
+        pending.backends |= gone_backends
+        if errors:
+            raise errors[0]
 
     def keep_rows(self, rows: Rows) -> dict[int, HopStats]:
         """Remove the rows that are no longer wanted; answers what the hop rows among them had counted at last."""
@@ -78,13 +97,35 @@ class KernelTables:
             "uplinks": (len(self._uplinks), MAX_UPLINKS),
         }
 
-    def _add_rows(self, vip_ids: frozenset[int], hop_ids: frozenset[int]) -> None:
-        for number in vip_ids - self._vip_ids:
-            self._loaded.vip_stats.put(_id(number), b"")
-            self._vip_ids.add(number)
-        for number in hop_ids - self._hop_ids:
-            self._loaded.hop_stats.put(_id(number), b"")
-            self._hop_ids.add(number)
+    def _add_vip_row(self, number: int) -> None:
+        self._loaded.vip_stats.put(_id(number), b"")
+        self._vip_ids.add(number)
+
+    def _add_hop_row(self, number: int) -> None:
+        self._loaded.hop_stats.put(_id(number), b"")
+        self._hop_ids.add(number)
+
+    def _put_vip_port(self, key: bytes, value: bytes) -> None:
+        if VIP_VALUE.unpack(value)[0] not in self._vip_ids:
+            self._delete_vip_port(key)  # what the kernel has may be another Service's counters
+            raise OSError(errno.E2BIG, "no room for the counters of a VIP port")
+        self._loaded.vip_ports.put(key, value)
+        self._vip_ports.add(key)
+
+    def _put_backend(self, key: bytes, value: bytes) -> None:
+        if int.from_bytes(value, sys.byteorder) not in self._hop_ids:
+            self._delete_backend(key)  # what the kernel has is another class's counters
+            raise OSError(errno.E2BIG, "no room for the counters of a hop")
+        self._loaded.backends.put(key, value)
+        self._backends.add(key)
+
+    def _delete_vip_port(self, key: bytes) -> None:
+        self._loaded.vip_ports.delete(key)
+        self._vip_ports.discard(key)
+
+    def _delete_backend(self, key: bytes) -> None:
+        self._loaded.backends.delete(key)
+        self._backends.discard(key)
 
     def set_uplinks(self, indexes: frozenset[int]) -> frozenset[int]:
         """Tell which interfaces lead out of the cluster; answers those that found no room (over `MAX_UPLINKS`)."""
@@ -95,9 +136,13 @@ class KernelTables:
         return indexes - self._uplinks
 
     def snapshot(self) -> Snapshot:
-        """Read every row. A row that the kernel does not have is left out."""
-        vips = {number: self._loaded.vip_stats.get(_id(number)) for number in self._vip_ids}
+        """Read every row. A row that the kernel does not have is left out.
+
+        A connection is counted when it comes in and again when it is forwarded: read the other way round, no row
+        ever tells more connections forwarded than came in.
+        """
         hops = {number: self._loaded.hop_stats.get(_id(number)) for number in self._hop_ids}
+        vips = {number: self._loaded.vip_stats.get(_id(number)) for number in self._vip_ids}
         return Snapshot(
             {number: unpack_vip_stats(raw) for number, raw in vips.items() if raw is not None},
             {number: unpack_hop_stats(raw) for number, raw in hops.items() if raw is not None},
@@ -113,14 +158,12 @@ class KernelTables:
         return tuple(counters)
 
 
-def _write_changes(table: Map, present: dict[bytes, bytes], wanted: dict[bytes, bytes]) -> None:
-    for key, value in wanted.items():
-        if present.get(key) != value:
-            table.put(key, value)
-            present[key] = value
-
-
-def _remove_gone(table: Map, present: dict[bytes, bytes], wanted: dict[bytes, bytes]) -> None:
-    for key in present.keys() - wanted.keys():
-        table.delete(key)
-        del present[key]
+def _do_each(keys: set[_Key], work: Callable[[_Key], None], errors: list[OSError]) -> None:
+    """Do the work for each key and take it off the set; where the kernel refuses, it stays."""
+    for key in list(keys):
+        try:
+            work(key)
+        except OSError as error:
+            errors.append(error)
+        else:
+            keys.discard(key)

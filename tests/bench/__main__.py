@@ -226,7 +226,9 @@ def packet_costs() -> Iterator[Row]:
     tables.set_settings(Settings(5 * 10**9, 0, 1, 10**9))
     backend = Backend(pack_address("10.100.2.2"), 8080, "node2", "zone-b")
     vip_port = VipPort(pack_address(VIP), PORT, Transport.TCP, "default", "web", Policy.CLUSTER, (backend,))
-    tables.apply(Topology("node1").update(Cluster((vip_port,)), 1))
+    topology = Topology("node1")
+    topology.replace(Cluster((vip_port,)), 1)
+    tables.apply(topology.tables)
     ingress, egress = loaded.programs["lbh_ingress"], loaded.programs["lbh_egress"]
     data = _segment(PORT, 7, 0x18)
     base = _fastest(empty_program(), data)

@@ -25,7 +25,7 @@ def vip_port(*backends: Backend, address: str = "10.0.10.0", port: int = 80, **m
     namespace, service = more.pop("name", "default/web").split("/")
     transport = more.pop("transport", Transport.TCP)
     policy = more.pop("policy", Policy.CLUSTER)
-    return VipPort(pack_address(address), port, transport, namespace, service, policy, backends)
+    return VipPort(pack_address(address), port, transport, namespace, service, policy, backends, **more)
 
 
 def cluster(*vip_ports: VipPort, **zones: str) -> Cluster:
@@ -78,28 +78,31 @@ def vip_stats(internal: tuple[int, ...] = (), external: tuple[int, ...] = (), re
 
 def hop_stats(internal: int = 0, external: int = 0, **more: Any) -> HopStats:  # noqa: ANN401
     """Make the counters of a hop row."""
-    counts = {name: more.get(name, 0) for name in ("answered", "refused", "timeout", "reply_unseen", "evicted")}
+    names = ("answered", "refused", "timeout", "reply_unseen", "evicted", "translated")
+    counts = {name: more.get(name, 0) for name in names}
     times = {name: more.get(name, NO_HISTOGRAM) for name in ("forward", "handshake")}
     return HopStats((internal, external), **counts, **times)
 
 
 _ADDRESSES = st.sampled_from(["10.0.10.0", "fd00:10::1"])
-_BACKENDS = st.builds(
+BACKENDS = st.builds(
     backend,
     st.sampled_from(["10.100.1.2", "10.100.2.2", "10.100.3.2"]),
     st.sampled_from([NODE, "node2", "node3", None]),
     st.sampled_from([None, "zone-a", "zone-b"]),
     ready=st.booleans(),
+    serving=st.booleans(),
 )
-_VIP_PORTS = st.builds(
+VIP_PORTS = st.builds(
     lambda backends, **fields: vip_port(*backends, **fields),
-    st.lists(_BACKENDS, max_size=4),
+    st.lists(BACKENDS, max_size=4),
     address=_ADDRESSES,
     port=st.sampled_from([80, 443]),
     name=st.sampled_from(["a/x", "b/x"]),
     policy=st.sampled_from(Policy),
     transport=st.sampled_from([Transport.TCP, Transport.TCP, Transport.UDP]),
+    endpoints_known=st.booleans(),
 )
-_NODES = st.lists(st.builds(Node, st.sampled_from([NODE, "node2"]), st.sampled_from([None, "zone-a", "zone-b"])))
-CLUSTERS = st.builds(Cluster, st.lists(_VIP_PORTS, max_size=5).map(tuple), _NODES.map(tuple))
+NODES = st.lists(st.builds(Node, st.sampled_from([NODE, "node2"]), st.sampled_from([None, "", "zone-a", "zone-b"])))
+CLUSTERS = st.builds(Cluster, st.lists(VIP_PORTS, max_size=5).map(tuple), NODES.map(tuple))
 """Clusters on few addresses, so that VIP ports collide and nodes, zones and readiness contradict each other."""

@@ -7,7 +7,7 @@ import pytest
 from otel_lb_hop.core.hops import Connection, resolve
 from otel_lb_hop.core.layout import Record, Verdict
 from otel_lb_hop.core.topology import Topology
-from otel_lb_hop.model import Cluster, Failure, Hop, Origin, Outcome
+from otel_lb_hop.model import Backend, Cluster, Failure, Hop, Origin, Outcome
 from tests.unit.samples import CLIENT, LOCAL, NODE, POD, REMOTE, SECOND, SNAT, cluster, record, vip_port
 
 OFFSET = 1_700_000_000 * SECOND
@@ -17,7 +17,7 @@ INTERFACES = {2: "eth0", 3: "veth1"}
 def topology() -> Topology:
     """Make a topology with VIP port 1, hop row 2 (none) and hop row 3 (avoidable, node2, another zone)."""
     made = Topology(NODE)
-    made.update(cluster(vip_port(LOCAL, REMOTE), node1="zone-a"), OFFSET)
+    made.replace(cluster(vip_port(LOCAL, REMOTE), node1="zone-a"), OFFSET)
     return made
 
 
@@ -104,20 +104,23 @@ def test_forgotten_vip_port() -> None:
     assert resolve(record(vip_id=99), topology(), OFFSET, INTERFACES.get) is None
 
 
-def test_retired_vip_port() -> None:
-    """A connection whose Service was deleted meanwhile is still told, without the endpoint that is gone."""
+@pytest.mark.parametrize(("forgotten", "endpoint", "zone"), [(False, REMOTE, "zone-b"), (True, None, None)])
+def test_retired_vip_port(forgotten: bool, endpoint: Backend | None, zone: str | None) -> None:  # noqa: FBT001
+    """A connection whose Service was deleted meanwhile is still told, with the endpoint as long as that lingers."""
     made = topology()
-    made.update(Cluster(), OFFSET + SECOND)
+    made.replace(Cluster(), OFFSET + SECOND)
+    if forgotten:
+        made.forget_endpoints(OFFSET + SECOND)
     connection = resolve(record(), made, OFFSET, INTERFACES.get)
     assert connection is not None
     assert (connection.vip.service, connection.hop, connection.node) == ("web", Hop.AVOIDABLE, "node2")
-    assert (connection.endpoint, connection.zone) == (None, None)
+    assert (connection.endpoint, connection.zone) == (endpoint, zone)
 
 
 def test_hop_is_that_of_the_moment_of_forwarding() -> None:
     """The hop class is the row's that the kernel counted in, not what the topology says by now."""
     made = topology()
-    made.update(cluster(vip_port(REMOTE)), OFFSET + SECOND)
+    made.replace(cluster(vip_port(REMOTE)), OFFSET + SECOND)
     connection = resolve(record(hop_id=3), made, OFFSET, INTERFACES.get)
     assert connection is not None
     assert connection.hop is Hop.AVOIDABLE

@@ -1,0 +1,295 @@
+"""The writer of the kernel's tables, on maps that are dicts: in which order it writes, and what if one is full."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import struct
+import sys
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
+
+import pytest
+
+from otel_lb_hop.core.layout import HOP_STATS_WORDS, VIP_STATS_WORDS, VIP_VALUE
+from otel_lb_hop.core.topology import Pending, Topology
+from otel_lb_hop.kernel.tables import KernelTables
+from otel_lb_hop.model import Cluster
+from tests.unit.samples import LOCAL, NODE, REMOTE, backend, cluster, hop_stats, vip_port, vip_stats
+
+if TYPE_CHECKING:
+    from otel_lb_hop.kernel.loader import Loaded
+
+ROOM = 100
+
+
+class Map:
+    """A map of the kernel with a limit, whose writes stand in a journal."""
+
+    def __init__(self, name: str, journal: list[str], value_size: int) -> None:
+        self.entries: dict[bytes, bytes] = {}
+        self.limit = ROOM
+        self.refuses_deletes = False
+        self._name = name
+        self._journal = journal
+        self._value_size = value_size
+
+    def get(self, key: bytes) -> bytes | None:
+        """Read one value."""
+        return self.entries.get(key)
+
+    def put(self, key: bytes, value: bytes) -> None:
+        """Write one value, as kernel/bpf/hashtab.c: a key that is there can be written in a full map too."""
+        if key not in self.entries and len(self.entries) >= self.limit:
+            raise OSError(errno.E2BIG, "Argument list too long")
+        self._journal.append(f"{self._name} put")
+        self.entries[key] = value.ljust(self._value_size, b"\0")
+
+    def delete(self, key: bytes) -> None:
+        """Remove one key; one that is not there is no error."""
+        if self.refuses_deletes:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        self._journal.append(f"{self._name} delete")
+        self.entries.pop(key, None)
+
+
+class Kernel:
+    """The maps, a topology and the writer between them."""
+
+    def __init__(self, **limits: int) -> None:
+        self.journal: list[str] = []
+        self.vip_ports = Map("vip_ports", self.journal, VIP_VALUE.size)
+        self.backends = Map("backends", self.journal, 4)
+        self.vip_stats = Map("vip_stats", self.journal, 8 * VIP_STATS_WORDS)
+        self.hop_stats = Map("hop_stats", self.journal, 8 * HOP_STATS_WORDS)
+        self.maps = {
+            "vip_ports": self.vip_ports,
+            "backends": self.backends,
+            "vip_stats": self.vip_stats,
+            "hop_stats": self.hop_stats,
+        }
+        for name, limit in limits.items():
+            self.maps[name].limit = limit
+        events = Map("events", self.journal, 8)
+        sizes = SimpleNamespace(vip_ports=11, backends=22, hops=33)
+        self.tables = KernelTables(cast("Loaded", SimpleNamespace(**self.maps, events=events, sizes=sizes)))
+        self.topology = Topology(NODE)
+
+    def take(self, state: Cluster) -> list[str]:
+        """Give the topology a new state and write it; answers what was done in which order, each kind once in a row."""
+        self.topology.replace(state, 1)
+        return self.write()
+
+    def write(self) -> list[str]:
+        """Write what is pending; answers what was done."""
+        self.journal.clear()
+        self.tables.apply(self.topology.tables)
+        return self.done
+
+    @property
+    def done(self) -> list[str]:
+        """What was done since the last write began."""
+        return [what for what, _ in itertools.groupby(self.journal)]
+
+    @property
+    def holds(self) -> tuple[dict[bytes, bytes], dict[bytes, bytes]]:
+        """The tables that the programs read."""
+        return self.vip_ports.entries, self.backends.entries
+
+    @property
+    def wanted(self) -> tuple[dict[bytes, bytes], dict[bytes, bytes]]:
+        """The tables that the topology wants."""
+        return self.topology.tables.vip_ports, self.topology.tables.backends
+
+    @property
+    def rows(self) -> tuple[set[int], set[int]]:
+        """The ids that have counters."""
+        vips, hops = (
+            [int.from_bytes(key, sys.byteorder) for key in m.entries] for m in (self.vip_stats, self.hop_stats)
+        )
+        return set(vips), set(hops)
+
+
+WEB = cluster(vip_port(LOCAL, REMOTE))
+SHOP = cluster(vip_port(LOCAL, REMOTE), vip_port(LOCAL, port=81, name="default/shop"))
+
+
+def test_rows_come_first_and_vip_ports_last() -> None:
+    """A row exists before anything points to it, and the backends of a VIP port before the VIP port."""
+    kernel = Kernel()
+    assert kernel.take(WEB) == ["vip_stats put", "hop_stats put", "backends put", "vip_ports put"]
+    assert kernel.holds == kernel.wanted
+    assert kernel.rows == ({1}, {1, 2, 3})
+    assert not kernel.topology.tables.pending
+
+
+def test_vip_ports_go_before_their_backends() -> None:
+    """What comes is there before what it replaces goes, and rows stay: open handshakes settle in them."""
+    kernel = Kernel()
+    kernel.take(WEB)
+    assert kernel.take(cluster(vip_port(LOCAL, port=81))) == [
+        "vip_stats put", "hop_stats put", "backends put", "vip_ports put", "vip_ports delete", "backends delete",
+    ]  # fmt: skip
+    assert kernel.holds == kernel.wanted
+    assert kernel.rows == ({1, 4}, {1, 2, 3, 4, 5})
+
+
+def test_only_what_is_pending_is_written() -> None:
+    """The same again writes nothing; one endpoint more is one row and one backend."""
+    kernel = Kernel()
+    kernel.take(SHOP)
+    assert kernel.take(SHOP) == []
+    kernel.topology.replace(cluster(*SHOP.vip_ports[:1], vip_port(LOCAL, REMOTE, port=81, name="default/shop")), 1)
+    kernel.write()
+    assert kernel.journal == ["hop_stats put", "backends put"]
+    assert kernel.holds == kernel.wanted
+
+
+def test_what_came_and_went_unwritten_is_no_error() -> None:
+    """A VIP port that the kernel never had is removed without harm."""
+    kernel = Kernel()
+    kernel.topology.replace(WEB, 1)
+    kernel.topology.replace(Cluster(), 1)
+    kernel.topology.rows(1)
+    assert kernel.write() == ["vip_ports delete", "backends delete"]
+    assert (kernel.holds, kernel.rows) == (({}, {}), (set(), set()))
+    assert not kernel.topology.tables.pending
+
+
+@pytest.mark.parametrize(
+    ("full", "limit", "left", "done"),
+    [
+        ("vip_ports", 1, {"vip_ports": 1}, {"vip_ports": 1, "backends": 3, "vip_stats": 2, "hop_stats": 5}),
+        ("backends", 2, {"backends": 1}, {"vip_ports": 2, "backends": 2, "vip_stats": 2, "hop_stats": 5}),
+        # Without its row no VIP port is watched, and no backend known.
+        (
+            "vip_stats",
+            1,
+            {"vip_ids": 1, "vip_ports": 1},
+            {"vip_ports": 1, "backends": 3, "vip_stats": 1, "hop_stats": 5},
+        ),
+        (
+            "hop_stats",
+            0,
+            {"hop_ids": 5, "backends": 3},
+            {"vip_ports": 2, "backends": 0, "vip_stats": 2, "hop_stats": 0},
+        ),
+    ],
+)
+def test_a_full_map_keeps_what_found_no_room_pending(
+    full: str, limit: int, left: dict[str, int], done: dict[str, int]
+) -> None:
+    """All the rest is done, the error is told each time, and it is made good as soon as there is room."""
+    kernel = Kernel(**{full: limit})
+    pending = kernel.topology.tables.pending
+    for _ in range(2):
+        with pytest.raises(OSError, match="Argument list too long") as caught:
+            kernel.take(SHOP)
+        assert caught.value.errno == errno.E2BIG
+        sizes = {name: len(getattr(pending, name)) for name in ("vip_ids", "hop_ids", "vip_ports", "backends")}
+        assert {name: size for name, size in sizes.items() if size} == left
+        assert {name: len(each.entries) for name, each in kernel.maps.items()} == done
+        assert {name: used for name, (used, _) in kernel.tables.usage().items() if name != "uplinks"} == done
+        assert pending
+    kernel.maps[full].limit = ROOM
+    kernel.write()
+    assert (pending, kernel.holds) == (Pending(), kernel.wanted)
+    assert kernel.rows == ({1, 4}, {1, 2, 3, 4, 5})
+
+
+def test_what_goes_makes_room_for_the_next_time() -> None:
+    """In a full map a VIP port finds no room before another has gone."""
+    kernel = Kernel(vip_ports=1)
+    kernel.take(WEB)
+    moved = cluster(vip_port(LOCAL, port=81))
+    with pytest.raises(OSError, match="Argument list too long"):
+        kernel.take(moved)
+    assert kernel.vip_ports.entries == {}
+    assert kernel.write() == ["vip_ports put"]
+    assert kernel.holds == kernel.wanted
+
+
+def test_a_vip_port_without_a_row_is_not_counted_as_the_service_it_was() -> None:
+    """A VIP port that went over to another Service, whose row finds no room, is not watched rather than wrong."""
+    kernel = Kernel(vip_stats=1)
+    kernel.take(WEB)
+    with pytest.raises(OSError, match="Argument list too long"):
+        kernel.take(cluster(vip_port(LOCAL, REMOTE, name="default/shop")))
+    assert kernel.vip_ports.entries == {}
+    kernel.vip_stats.limit = ROOM
+    kernel.write()
+    assert kernel.holds == kernel.wanted
+
+
+def test_a_backend_without_a_row_is_not_counted_in_the_class_it_was() -> None:
+    """A backend whose hop has become avoidable, and whose row finds no room, counts as unknown rather than wrong."""
+    kernel = Kernel()
+    kernel.take(cluster(vip_port(REMOTE)))
+    kernel.hop_stats.limit = 3
+    with pytest.raises(OSError, match="Argument list too long"):
+        kernel.take(cluster(vip_port(LOCAL, REMOTE)))
+    assert len(kernel.backends.entries) == 1
+    assert kernel.backends.entries.items() <= kernel.topology.tables.backends.items()
+    kernel.hop_stats.limit = ROOM
+    kernel.write()
+    assert kernel.holds == kernel.wanted
+
+
+@pytest.mark.parametrize("refusing", ["vip_ports", "backends"])
+def test_a_refused_delete_stays_pending(refusing: str) -> None:
+    """What could not be removed is removed the next time, and what comes is not kept waiting by it."""
+    kernel = Kernel()
+    kernel.take(WEB)
+    kernel.maps[refusing].refuses_deletes = True
+    with pytest.raises(OSError, match="busy"):
+        kernel.take(cluster(vip_port(LOCAL, port=81)))
+    assert all(kernel.holds[number].items() >= kernel.wanted[number].items() for number in (0, 1))
+    assert kernel.holds != kernel.wanted
+    assert kernel.topology.tables.pending
+    kernel.maps[refusing].refuses_deletes = False
+    assert kernel.write() == [f"{refusing} delete"]
+    assert kernel.holds == kernel.wanted
+
+
+def test_rows_that_are_not_kept_tell_their_last_counts() -> None:
+    """The rows of what was forgotten go, what hop rows had counted is answered, and the others stay as they are."""
+    kernel = Kernel()
+    kernel.take(SHOP)
+    for number, count in ((3, 7), (5, 8)):
+        words = struct.pack(f"={HOP_STATS_WORDS}Q", 0, count, *[0] * (HOP_STATS_WORDS - 2))
+        kernel.hop_stats.entries[number.to_bytes(4, sys.byteorder)] = words
+    kernel.topology.replace(cluster(vip_port(LOCAL, REMOTE)), 5)
+    assert kernel.tables.keep_rows(kernel.topology.rows(4)) == {}
+    kernel.write()
+    kernel.journal.clear()
+    assert kernel.tables.keep_rows(kernel.topology.rows(5)) == {4: hop_stats(), 5: hop_stats(external=8)}
+    assert kernel.done == ["hop_stats delete", "vip_stats delete"]
+    assert kernel.rows == ({1}, {1, 2, 3})
+    usage = kernel.tables.usage()
+    assert (usage["vip_stats"], usage["hop_stats"]) == ((1, 11), (3, 33))
+    snapshot = kernel.tables.snapshot()
+    assert snapshot.vips == {1: vip_stats()}
+    assert snapshot.hops == {1: hop_stats(), 2: hop_stats(), 3: hop_stats(external=7)}
+
+
+def test_snapshot_leaves_out_what_the_kernel_lost() -> None:
+    """A row that someone else removed is neither told nor an error."""
+    kernel = Kernel()
+    kernel.take(cluster(vip_port(backend("10.100.1.2"))))
+    kernel.hop_stats.entries.popitem()
+    kernel.vip_stats.entries.clear()
+    snapshot = kernel.tables.snapshot()
+    assert (snapshot.vips, list(snapshot.hops.values())) == ({}, [hop_stats()])
+
+
+def test_usage() -> None:
+    """Entries and limit of each table; there are as many rows of VIP ports as VIP ports may be."""
+    kernel = Kernel()
+    kernel.take(SHOP)
+    assert kernel.tables.usage() == {
+        "vip_ports": (2, 11),
+        "backends": (3, 22),
+        "vip_stats": (2, 11),
+        "hop_stats": (5, 33),
+        "uplinks": (0, 64),
+    }
