@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 
-from otel_lb_hop.cluster.file_source import FileSource
+from otel_lb_hop.cluster.file_source import FileSource, FileWatcher
 from otel_lb_hop.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -166,3 +168,51 @@ def test_a_fifo_is_told_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(path)
     with pytest.raises(ConfigError, match="not a regular file"):
         FileSource(path).poll()
+
+
+def test_watcher(path: Path) -> None:
+    """The newest content is told once and wakes the loop; an error stays until the file is good again."""
+    woken: list[None] = []
+    write(path, content(80), 1)
+    watcher = FileWatcher(FileSource(path), lambda: woken.append(None))
+    watcher.read()
+    write(path, content(81), 2)
+    watcher.read()
+    taken = watcher.take()
+    assert taken is not None
+    assert [vip_port.port for vip_port in taken.vip_ports] == [81]
+    assert watcher.take() is None
+    assert (len(woken), watcher.error) == (2, None)
+    confirmed_ns = watcher.confirmed_ns
+    write(path, "services: []\nwrong: 1\n", 3)
+    with pytest.raises(ConfigError):
+        watcher.read()
+    watcher.read()  # not read again, and as wrong as before
+    assert "wrong" in str(watcher.error)
+    assert (watcher.take(), watcher.confirmed_ns) == (None, confirmed_ns)
+    path.unlink()
+    with pytest.raises(ConfigError):
+        watcher.read()
+    assert "No such file" in str(watcher.error)
+    write(path, content(81), 2)
+    watcher.read()
+    assert watcher.error is None
+    assert watcher.take() == taken
+    assert watcher.confirmed_ns > confirmed_ns
+
+
+def test_watcher_thread(path: Path) -> None:
+    """Started, it sees changes by itself, survives a bad file, and ends when closed."""
+    woken = threading.Event()
+    write(path, content(80), 1)
+    watcher = FileWatcher(FileSource(path), woken.set, poll_seconds=0.01)
+    watcher.start()
+    assert woken.wait(10)
+    woken.clear()
+    write(path, "[", 2)
+    while watcher.error is None:
+        time.sleep(0.01)
+    write(path, content(81), 3)
+    assert woken.wait(10)
+    watcher.close()
+    assert watcher.error is None
