@@ -3,10 +3,11 @@
     packets ─ bpf/ ─┬─ counters ─ snapshot ────────── metrics
                     └─ ring ─ decode ─ hops ─ encode ─ logs and spans
 
-    VIP file ─ cluster ─ topology ─ tables in the kernel
+    API server ─ reflector ─┬─ feed ─ inventory ─ topology ─ tables in the kernel
+    VIP file ─ watcher ─────┘
 
-`Agent.run` is the main loop: every stage is called from it, none calls back. Exporters, the local API and the
-netlink monitor have threads of their own and meet the loop only in queues, events and the health board.
+`Agent.run` is the main loop: every stage is called from it, none calls back. Exporters, sources, the local API and
+the netlink monitor have threads of their own and meet the loop only in queues, events and the health board.
 """
 
 from __future__ import annotations
@@ -15,20 +16,25 @@ import gc
 import logging
 import socket
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from otel_lb_hop.cluster.file_source import FileSource
+from otel_lb_hop.cluster.api_source import ApiSource
+from otel_lb_hop.cluster.connect import connector
+from otel_lb_hop.cluster.feed import Feed
+from otel_lb_hop.cluster.file_source import FileSource, FileWatcher
 from otel_lb_hop.core import hops, ids
-from otel_lb_hop.core.interfaces import find_uplinks
+from otel_lb_hop.core.interfaces import find_places, find_uplinks, gateway_links
+from otel_lb_hop.core.inventory import Inventory
 from otel_lb_hop.core.layout import Settings
-from otel_lb_hop.core.topology import KEEP_RETIRED_NS, Topology
+from otel_lb_hop.core.topology import KEEP_RETIRED_NS, LINGER_NS, Topology
 from otel_lb_hop.errors import ConfigError, KernelError
 from otel_lb_hop.export.metrics import MetricsBuilder, SelfReport
 from otel_lb_hop.export.records import RecordBuilder
-from otel_lb_hop.export.resource import make_resource
+from otel_lb_hop.export.resource import Identity, make_resource
 from otel_lb_hop.export.sdk import make_exporters
 from otel_lb_hop.export.shipper import MetricsShipper, Shipper, Snapshotted
 from otel_lb_hop.kernel.bpf import run_program
+from otel_lb_hop.kernel.conntrack import ConntrackSocket, Places, events_problem
 from otel_lb_hop.kernel.hooks import Hooks
 from otel_lb_hop.kernel.netlink import Monitor, Netlink
 from otel_lb_hop.kernel.ring import Ring
@@ -41,10 +47,10 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from otel_lb_hop.config import Config
-    from otel_lb_hop.core.topology import Tables
+    from otel_lb_hop.core.interfaces import Prefix
+    from otel_lb_hop.core.layout import Place
     from otel_lb_hop.errors import Problem
     from otel_lb_hop.kernel.loader import Loaded
-    from otel_lb_hop.model import Cluster
     from otel_lb_hop.ops.stop import Stop
 
 log = logging.getLogger(__name__)
@@ -52,7 +58,11 @@ log = logging.getLogger(__name__)
 TICK_SECONDS = 0.25
 SWEEP_TICKS = 8
 """The handshake table is swept in this many parts, one a tick: each slot is looked at every two seconds."""
-SOURCE_SECONDS = 1.0
+REPORT_SECONDS = 1.0
+NEWS_SECONDS = 0.02
+"""After news the loop waits for more of it: a thousand changes a second are then fifty turns, not a thousand."""
+SKIPPED_SHOWN = 50
+"""On /readyz and in the log, of the VIP ports that are skipped."""
 INTERFACES_SECONDS = 30.0
 DRAIN_RECORDS = 2_048
 """At most so many at a time, so that nothing else waits long in a burst."""
@@ -64,38 +74,39 @@ VERDICT_AFTER_NS = 5 * 10**9
 """A client that gets no answer sends its SYN again after one second (RFC 6298, 2.1), and at least once more by now."""
 
 
-class _Clocks(NamedTuple):
-    """The wall clock and how far it is from the monotonic clock that the kernel stamps with."""
-
-    wall_ns: int
-    offset_ns: int
-
-
-def _read_clocks() -> _Clocks:
-    wall_ns = time.time_ns()
-    return _Clocks(wall_ns, wall_ns - time.monotonic_ns())
+def _clock_offset_ns() -> int:
+    """Tell how far the wall clock is from the monotonic clock that the kernel stamps with."""
+    return time.time_ns() - time.monotonic_ns()
 
 
 class Agent:
     """Everything that runs on one node. Made whole or not at all: `start` raises, `run` does not."""
 
-    def __init__(self, config: Config, loading: Future[Loaded]) -> None:
+    def __init__(self, config: Config, loading: Future[Loaded], stop: Stop) -> None:
         self._config = config
         self._loading = loading
+        self._stop = stop
         self._health = Health()
-        self._topology = Topology(config.node_name)
-        self._source = FileSource(config.vips_file) if config.vips_file else None
+        self._topology = Topology(config.node_name, time.time_ns())
+        self._file = FileWatcher(FileSource(config.vips_file), stop.wake) if config.vips_file else None
+        self._api = ApiSource(connector(config.api), config.node_name, stop.wake) if config.api else None
+        self._feed = Feed(self._file, self._api, Inventory(config.policies, external_ips=config.external_ips))
         self._unresolved = 0
         self._abandoned = 0
         self._due: dict[str, float] = {}
         self._failed: set[str] = set()
-        self._pending: Tables | None = None
+        self._news = False
+        self._needs = (0, 0)
+        self._unwritten: str | None = None
+        self._write_again = 0.0
+        self._source_errors: dict[str, str | None] = {}
+        self._size = (0, 0)
 
     def start(self) -> None:
         """Read the topology, load the programs, attach them. Raises ConfigError or KernelError."""
         config = self._config
-        cluster, exporters = self._read_sources_and_targets()
-        self._api = LocalApi(config.listen, self._health) if config.listen else None
+        exporters = self._open_sources_and_targets()
+        self._local_api = LocalApi(config.listen, self._health) if config.listen else None
         self._loaded = self._loading.result()
         self._tables = KernelTables(self._loaded)
         self._tables.set_settings(self._settings(VERDICT_AFTER_NS))
@@ -103,11 +114,14 @@ class Agent:
         self._netlink = Netlink()
         self._monitor = Monitor()
         self._hooks = Hooks(self._loaded.programs, self._netlink)
-        if cluster is not None:
-            self._take_over(cluster)
+        self._places = Places(self._loaded.places)
+        self._conntrack: ConntrackSocket | None = None
+        while self._follow_cluster():
+            pass
+        self._report_topology()
         self._reconcile_interfaces()
         self._require_a_hook()
-        self._make_exports(exporters, cluster)
+        self._make_exports(exporters)
         # What only the start needed goes back to the system.
         gc.collect()
         log.info(
@@ -115,15 +129,18 @@ class Agent:
             ", ".join(self._hooks.interfaces), self._hooks.method, self._topology.watched, self._loaded.compile_seconds,
         )  # fmt: skip
 
-    def _read_sources_and_targets(self) -> tuple[Cluster | None, dict[str, list[Any]]]:
-        """Read the VIP file and make the exporters; what is wrong with any of them is told together."""
-        cluster: Cluster | None = None
+    def _open_sources_and_targets(self) -> dict[str, list[Any]]:
+        """Read the VIP file, begin to read the API server, make the exporters; all that is wrong is told together."""
         exporters: dict[str, list[Any]] = {"metrics": [], "logs": [], "traces": []}
         problems: list[Problem] = []
-        try:
-            cluster = self._source.poll() if self._source else None
-        except ConfigError as error:
-            problems += error.problems
+        if self._api:
+            self._api.start()  # the first lists come while the child compiles
+        if self._file:
+            try:
+                self._file.read()
+            except ConfigError as error:
+                problems += error.problems
+            self._file.start()
         for signal in () if self._config.sdk_disabled else exporters:
             try:
                 exporters[signal] = make_exporters(signal, getattr(self._config, signal))
@@ -131,7 +148,7 @@ class Agent:
                 problems += error.problems
         if problems:
             raise ConfigError(problems)
-        return cluster, exporters
+        return exporters
 
     def _settings(self, verdict_after_ns: int) -> Settings:
         rate = self._config.record_rate
@@ -140,42 +157,70 @@ class Agent:
             reject_below=self._threshold,
             record_interval_ns=10**9 // rate if rate else 0,
             record_burst_ns=10**9,
+            own_calls=int(self._config.conntrack == "on"),
         )
 
     @property
     def _threshold(self) -> int:
         return ids.rejection_threshold(self._config.record_ratio)
 
-    def _make_exports(self, exporters: dict[str, list[Any]], cluster: Cluster | None) -> None:
+    def _make_exports(self, exporters: dict[str, list[Any]]) -> None:
         config = self._config
-        own = next((node for node in (cluster.nodes if cluster else ()) if node.name == config.node_name), None)
-        resource = make_resource(
-            config.node_name, socket.gethostname(), self._topology.zone, own.region if own else None
-        )
+        self._identity = self._identify()
+        resource = make_resource(self._identity)
         self._metrics_builder = MetricsBuilder(resource, self._topology, config.node_name, time.time_ns())
         self._record_builder = RecordBuilder(resource, config.node_name, self._threshold)
         self._metrics = MetricsShipper(exporters["metrics"], config.metric_export_timeout_ms)
         self._logs = Shipper("logs", exporters["logs"])
         self._traces = Shipper("traces", exporters["traces"])
 
-    def run(self, stop: Stop) -> None:
-        """Work until `stop` is set, then send what is left within `SHUTDOWN_SECONDS`."""
+    def _identify(self) -> Identity:
+        config, node = self._config, self._topology.own_node
+        return Identity(
+            node_name=config.node_name,
+            host_name=socket.gethostname(),
+            node_uid=node.uid if node else None,
+            zone=self._topology.zone,
+            region=node.region if node else None,
+            cluster_uid=self._feed.cluster_uid,
+            pod_namespace=config.pod_namespace,
+            pod_name=config.pod_name,
+            pod_uid=config.pod_uid,
+        )
+
+    def _introduce(self) -> None:
+        """Name in the resource what the API server tells only after the start, or tells anew."""
+        identity = self._identify()
+        if identity != self._identity:
+            self._identity = identity
+            self._metrics_builder.resource = self._record_builder.resource = make_resource(identity)
+
+    def run(self) -> None:
+        """Work until told to stop, then send what is left within `SHUTDOWN_SECONDS`."""
         wait_seconds = 0.0
-        while not stop.wait(wait_seconds):
+        while not self._stop.wait(wait_seconds):
             more = self._tick(time.monotonic())
+            if self._news:
+                time.sleep(NEWS_SECONDS)
             wait_seconds = 0.0 if more else TICK_SECONDS
         self._shut_down()
 
     def _tick(self, now: float) -> bool:
-        """Do what is due; answers whether more records wait than one turn takes."""
+        """Do what is due; answers whether more waits than one turn takes."""
         more = bool(self._attempt("records", self._drain))
         if self._is_due("sweep", now, TICK_SECONDS):
             self._attempt("sweep", self._sweep)
-        if self._is_due("source", now, SOURCE_SECONDS):
-            self._attempt("topology", self._poll_source)
-            self._report_exports()
-        if self._monitor.changed.is_set() or self._is_due("interfaces", now, INTERFACES_SECONDS):
+        more |= bool(self._attempt("topology", self._follow_cluster))
+        if self._is_due("report", now, REPORT_SECONDS):
+            self._attempt("report", self._report)
+        needs = self._topology.datagram_needs
+        if (
+            self._monitor.changed.is_set()
+            or needs != self._needs
+            or self._is_due("interfaces", now, INTERFACES_SECONDS)
+        ):
             self._monitor.changed.clear()
+            self._needs = needs
             self._attempt("interfaces", self._reconcile_interfaces)
         if self._is_due("metrics", now, self._config.metric_export_interval_ms / 1e3):
             self._attempt("counters", self._export_metrics)
@@ -206,17 +251,18 @@ class Agent:
     # packets ─ ring ─ decode ─ hops ─ encode ─ logs and spans
 
     def _drain(self) -> bool:
-        clocks = _read_clocks()
+        offset_ns = _clock_offset_ns()
         connections = []
         taken = 0
         for taken, record in enumerate(self._ring.drain(DRAIN_RECORDS), start=1):  # noqa: B007 - the last one counts
-            connection = hops.resolve(record, self._topology, clocks.offset_ns, self._hooks.name_of)
+            connection = hops.resolve(record, self._topology, offset_ns, self._hooks.name_of)
             if connection is None:
                 self._unresolved += 1
             else:
                 connections.append(connection)
         if self._logs.enabled:
-            self._logs.offer([self._record_builder.log_record(each, clocks.wall_ns) for each in connections])
+            observed_ns = time.time_ns()  # after the last record was taken, and so after it was written
+            self._logs.offer([self._record_builder.log_record(each, observed_ns) for each in connections])
         if self._traces.enabled:
             self._traces.offer([self._record_builder.span(each) for each in connections])
         return taken == DRAIN_RECORDS
@@ -247,6 +293,17 @@ class Agent:
             ]
         )
 
+    def _check_sums(self) -> None:
+        """Hold, when every verdict is given, that connections = forwarded + not forwarded, for each VIP port."""
+        snapshot = self._tables.snapshot()
+        pending = self._metrics_builder.pending(snapshot.vips, snapshot.hops)
+        total = sum(sum(stats.connections) for stats in snapshot.vips.values())
+        wrong = {self._topology.vips.by_id[vip_id]: count for vip_id, count in pending.items() if count}
+        if wrong:
+            log.error("%d connections do not add up: %s came in and have no outcome", total, wrong)
+        else:
+            log.info("%d connections add up", total)
+
     def _forget_rows(self, now_ns: int) -> None:
         hop_rows = dict(self._topology.hops.by_id)
         retired_before_ns = now_ns - KEEP_RETIRED_NS
@@ -273,65 +330,71 @@ class Agent:
             records_exported={each.signal: each.ledger().exported for each in (self._logs, self._traces)},
             vip_ports=self._topology.watched,
             topology_age_s=self._topology.age_ns(time.time_ns()) / 1e9,
-            map_usage=self._tables.usage(),
+            map_usage=self._tables.usage() | {"places": (len(self._places), self._loaded.sizes.places)},
             parts_healthy={name: part.healthy for name, part in self._health.parts().items()},
         )
 
-    # VIP file ─ cluster ─ topology ─ tables in the kernel
+    # API server and VIP file ─ feed ─ topology ─ tables in the kernel
 
-    def _poll_source(self) -> None:
-        if self._source is None:
-            return
-        try:
-            cluster = self._source.poll()
-        except ConfigError as error:
-            if self._health.parts()["topology"].detail != str(error):
-                log.warning("the VIP file is wrong, the table before it stays:\n%s", error)
-            self._health.report("topology", healthy=False, vital=self._pending is not None, detail=str(error))
-            return
-        if cluster is not None:
-            self._take_over(cluster)
-        elif self._pending is not None:
-            self._write_tables()
-        elif self._health.parts()["topology"].healthy:
-            self._topology.confirm(time.time_ns())
+    def _follow_cluster(self) -> bool:
+        now_ns = time.time_ns()
+        more = self._feed.update(self._topology, now_ns)
+        self._topology.forget_endpoints(now_ns - LINGER_NS)
+        self._news = bool(self._topology.tables.pending) and time.monotonic() >= self._write_again
+        if self._news:
+            try:
+                self._tables.apply(self._topology.tables)
+                self._unwritten = None
+            except OSError as error:
+                self._write_again = time.monotonic() + REPORT_SECONDS
+                self._unwritten = f"the kernel's tables do not hold the topology, the next try follows: {error}"
+        return more
 
-    def _take_over(self, cluster: Cluster) -> None:
-        tables = self._topology.update(cluster, time.time_ns())
-        self._pending = tables
-        self._write_tables()
-
-    def _write_tables(self) -> None:
-        if self._pending is None:
+    def _report_topology(self) -> None:
+        """Tell how sources and tables are. Without the sources the tables before serve on."""
+        now_ns = time.time_ns()
+        for name, source in self._feed.states(now_ns).items():
+            if source.error != self._source_errors.get(name):
+                self._source_errors[name] = source.error
+                if source.error:
+                    log.warning("%s: what was known before stays: %s", name, source.error)
+                else:
+                    log.info("%s: well", name)
+            self._health.report(name, healthy=source.error is None, vital=False, detail=source.detail)
+        skipped = [*self._topology.skipped, *self._feed.skipped]
+        size = self._topology.watched, len(skipped)
+        if size != self._size:
+            self._size = size
+            log.info("topology: %d VIP ports, %d skipped", *size)
+        trouble = self._unwritten if self._feed.begun else "no source has told its VIP ports yet"
+        if trouble:
+            log.error("topology: %s", trouble)
+            self._health.report("topology", healthy=False, vital=True, detail=trouble)
             return
-        skipped = [
-            f"{each.vip_port.namespace}/{each.vip_port.service} port {each.vip_port.port}: {each.reason}"
-            for each in self._topology.skipped
-        ]
-        try:
-            self._tables.apply(self._pending)
-        except OSError as error:
-            text = f"the kernel's tables do not hold the topology, the next try follows: {error}"
-            self._health.report("topology", healthy=False, vital=True, detail=text)
-            log.error(text)  # noqa: TRY400 - the errno is all there is
-            return
-        self._pending = None
-        detail = {"vip_ports": self._topology.watched, "skipped": skipped}
+        detail = {
+            "vip_ports": self._topology.watched,
+            "skipped": [str(each) for each in skipped[:SKIPPED_SHOWN]],
+            "skipped_more": max(0, len(skipped) - SKIPPED_SHOWN),
+        }
         self._health.report("topology", healthy=True, vital=True, detail=detail)
-        log.info("topology: %d VIP ports, %d skipped", self._topology.watched, len(skipped))
 
     # interfaces
 
     def _reconcile_interfaces(self) -> None:
         config = self._config
         links = self._netlink.links()
+        routes = self._netlink.routes()
         if config.uplinks is None:
-            uplinks = find_uplinks(links, *self._netlink.gateway_links())
+            uplinks = find_uplinks(links, *gateway_links(routes))
         else:
             uplinks = frozenset(link.index for link in links if config.uplinks.matches(link.name))
         names = {link.index: link.name for link in links}
         too_many = self._tables.set_uplinks(uplinks)
-        self._hooks.reconcile([link for link in links if config.interfaces.matches(link.name)])
+        datagrams, unserved = self._topology.datagram_needs
+        heard = config.conntrack == "on" or (config.conntrack == "auto" and datagrams > 0)
+        self._reconcile_conntrack(heard=heard, places=find_places(routes, uplinks, self._loaded.sizes.places))
+        watched = [link for link in links if config.interfaces.matches(link.name)]
+        self._hooks.reconcile(watched, datagrams=heard and unserved > 0)
         problems = self._hooks.problems | {
             names[index]: "one uplink too many: what comes in here counts as internal" for index in too_many
         }
@@ -347,10 +410,36 @@ class Agent:
             },
         )
 
+    def _reconcile_conntrack(self, places: tuple[dict[Prefix, Place], int], *, heard: bool) -> None:
+        """Hear of UDP and SCTP from conntrack while that is needed, and only then: it costs the whole node."""
+        if not heard:
+            if self._conntrack:
+                self._conntrack.close()
+                self._conntrack = None
+            unheard = self._topology.datagram_needs[0]
+            detail = f"off: {unheard} UDP and SCTP VIP ports are not counted" if unheard else "not needed"
+            self._health.report("conntrack", healthy=True, vital=False, detail=detail)
+            return
+        known, left_out = places
+        try:
+            self._places.set(known)
+            self._conntrack = self._conntrack or ConntrackSocket(self._loaded.programs["lbh_conntrack"])
+            problem = events_problem()
+        except (KernelError, OSError) as error:
+            problem = str(error)
+        if left_out and not problem:
+            problem = f"{left_out} prefixes of routes found no room: what comes from there counts as external"
+        self._health.report("conntrack", healthy=problem is None, vital=False, detail=problem or "heard")
+
     def _require_a_hook(self) -> None:
         if self._hooks.problems and not self._hooks.interfaces:
             name, reason = next(iter(self._hooks.problems.items()))
             raise KernelError(f"no interface could be hooked; {name}: {reason}; CAP_NET_ADMIN is needed for that")
+
+    def _report(self) -> None:
+        self._report_topology()
+        self._report_exports()
+        self._introduce()
 
     def _report_exports(self) -> None:
         for shipper in (self._metrics, self._logs, self._traces):
@@ -362,6 +451,8 @@ class Agent:
     def _shut_down(self) -> None:
         deadline = time.monotonic() + SHUTDOWN_SECONDS
         self._hooks.close()
+        if self._conntrack:
+            self._conntrack.close()
         # Nobody will see an answer any more: what is open gets its verdict now, or it would vanish uncounted.
         self._attempt("sweep", self._sweep_all)
         while self._attempt("records", self._drain) and time.monotonic() < deadline - METRICS_RESERVE_SECONDS:
@@ -373,11 +464,14 @@ class Agent:
             shipper.close(deadline - METRICS_RESERVE_SECONDS)
             if shipper.enabled:
                 log.info("%s: %s", shipper.signal, shipper.ledger())
+        if self._metrics.enabled:
+            self._attempt("counters", self._check_sums)
         # Last, so that they tell what became of the last records.
         self._attempt("counters", self._export_metrics)
         self._metrics.close(deadline)
         self._monitor.close()
         self._netlink.close()
         self._ring.close()
-        if self._api:
-            self._api.close()
+        self._feed.close()
+        if self._local_api:
+            self._local_api.close()

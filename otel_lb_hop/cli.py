@@ -66,9 +66,9 @@ def run(environ: Mapping[str, str]) -> None:
     # The agent's imports go on while the child compiles.
     from otel_lb_hop.agent import Agent  # noqa: PLC0415
 
-    agent = Agent(config, loading)
+    agent = Agent(config, loading, stop)
     agent.start()
-    agent.run(stop)
+    agent.run()
 
 
 def read_config(environ: Mapping[str, str]) -> Config:

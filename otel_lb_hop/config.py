@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeVar
 
 from otel_lb_hop.errors import ConfigError, Problem
-from otel_lb_hop.model import pack_address
+from otel_lb_hop.model import Policy, pack_address
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -124,10 +124,32 @@ def _uplinks(text: str) -> InterfaceMatcher | None:
     return _interfaces(text) if text else None
 
 
-def _vips_file(text: str) -> Path | None:
-    if not text:
+def _path(text: str) -> Path | None:
+    return Path(text) if text else None
+
+
+_POLICY_SETS = {"all": frozenset(Policy), "cluster": frozenset({Policy.CLUSTER}), "local": frozenset({Policy.LOCAL})}
+
+
+def _policies(text: str) -> frozenset[Policy]:
+    if text.lower() not in _POLICY_SETS:
         raise ValueError
-    return Path(text)
+    return _POLICY_SETS[text.lower()]
+
+
+def _one_of(*words: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text.lower() not in words:
+            raise ValueError
+        return text.lower()
+
+    return parse
+
+
+def _name(text: str) -> str | None:
+    if not re.fullmatch("[!-~]{0,253}", text):
+        raise ValueError
+    return text or None
 
 
 def _record_ratio(text: str) -> float:
@@ -148,12 +170,6 @@ def _listen(text: str) -> tuple[str, int] | None:
     if match["v6"] and ":" not in host:
         raise ValueError("brackets are for IPv6")
     return host, int(match["port"])
-
-
-def _log_level(text: str) -> str:
-    if text.lower() not in {"debug", "info", "warning", "error"}:
-        raise ValueError
-    return text.lower()
 
 
 def _exporters(text: str) -> tuple[str, ...]:
@@ -179,11 +195,12 @@ def _integer(name: str, default: str, least: int, most: int, meaning: str) -> Se
 
 
 _PATTERNS = f"names up to {IFNAME_BYTES} bytes, globs (eth*), /regex/ of the whole name, by commas; ! leaves one out"
+_PRINTABLE = "1 to 253 printable ASCII characters without spaces"
 
 NODE_NAME: Final = Setting(
     PREFIX + "NODE_NAME",
     "",  # the host name, which only the caller knows
-    "1 to 253 printable ASCII characters without spaces",
+    _PRINTABLE,
     "Name of the Kubernetes node the agent runs on (downward API: `spec.nodeName`); the host name when not set.",
     _fits("[!-~]{1,253}"),
 )
@@ -204,10 +221,47 @@ UPLINKS: Final = Setting(
 VIPS_FILE: Final = Setting(
     PREFIX + "VIPS_FILE",
     "",
-    "the path of a VIP file; it is needed, the API server as a source comes with a later version",
-    "YAML or JSON file with VIPs, ports and backends; required.",
-    _vips_file,
+    "the path of a VIP file",
+    "YAML or JSON file with VIPs, ports and backends, beside the API server or in place of it; read again on change.",
+    _path,
 )
+KUBERNETES: Final = Setting(
+    PREFIX + "KUBERNETES",
+    "auto",
+    "auto, on or off",
+    "The API server as a source: by `KUBECONFIG` if set, else as a pod; `auto` is off where there is neither, "
+    "`on` then takes ~/.kube/config.",
+    _one_of("auto", "on", "off"),
+)
+POLICY: Final = Setting(
+    PREFIX + "POLICY",
+    "all",
+    "all, cluster or local",
+    "Watch only Services of the API server with this externalTrafficPolicy.",
+    _policies,
+)
+EXTERNAL_IPS: Final = Setting(
+    PREFIX + "EXTERNAL_IPS",
+    "true",
+    "true or false",
+    "Whether `spec.externalIPs` of Services are VIPs.",
+    _one_of("true", "false"),
+)
+CONNTRACK: Final = Setting(
+    PREFIX + "CONNTRACK",
+    "auto",
+    "auto, on or off",
+    "Conntrack events for UDP and SCTP VIP ports: `auto` only while there is one, `on` always and for the node's own "
+    "TCP calls too. It costs some microseconds for each new connection of the node.",
+    _one_of("auto", "on", "off"),
+)
+POD_NAME: Final = Setting(
+    PREFIX + "POD_NAME", "", _PRINTABLE, "Name of the agent's pod (downward API: `metadata.name`).", _name
+)
+POD_NAMESPACE: Final = Setting(
+    PREFIX + "POD_NAMESPACE", "", _PRINTABLE, "Its namespace (downward API: `metadata.namespace`).", _name
+)
+POD_UID: Final = Setting(PREFIX + "POD_UID", "", _PRINTABLE, "Its uid (downward API: `metadata.uid`).", _name)
 RECORD_RATIO: Final = Setting(
     PREFIX + "RECORD_RATIO",
     "1.0",
@@ -230,10 +284,26 @@ LOG_LEVEL: Final = Setting(
     "info",
     "debug, info, warning or error",
     "Least severity of the agent's own log.",
-    _log_level,
+    _one_of("debug", "info", "warning", "error"),
 )
 
-SETTINGS: Final = (NODE_NAME, INTERFACES, UPLINKS, VIPS_FILE, RECORD_RATIO, RECORD_RATE, LISTEN, LOG_LEVEL)
+SETTINGS: Final[tuple[Setting[object], ...]] = (
+    NODE_NAME,
+    KUBERNETES,
+    VIPS_FILE,
+    POLICY,
+    EXTERNAL_IPS,
+    INTERFACES,
+    UPLINKS,
+    CONNTRACK,
+    RECORD_RATIO,
+    RECORD_RATE,
+    LISTEN,
+    LOG_LEVEL,
+    POD_NAME,
+    POD_NAMESPACE,
+    POD_UID,
+)
 
 _SIGNALS = ("METRICS", "LOGS", "TRACES")
 _NAMES = "exporter names of A-Z a-z 0-9 _ . - split by commas, or none alone"
@@ -274,6 +344,12 @@ STANDARD: Final[tuple[Setting[object], ...]] = (
 )
 
 
+class ApiConfig(NamedTuple):
+    """How to find the API server: the paths of `KUBECONFIG`, or None for the way of a pod."""
+
+    kubeconfig: str | None
+
+
 @dataclass(frozen=True, slots=True)
 class Config:
     """Every setting, checked; `unknown` are variables with our prefix that mean nothing, for the caller to warn of."""
@@ -282,6 +358,13 @@ class Config:
     interfaces: InterfaceMatcher
     uplinks: InterfaceMatcher | None
     vips_file: Path | None
+    api: ApiConfig | None
+    policies: frozenset[Policy]
+    external_ips: bool
+    conntrack: str
+    pod_name: str | None
+    pod_namespace: str | None
+    pod_uid: str | None
     record_ratio: float
     record_rate: int
     listen: tuple[str, int] | None
@@ -299,6 +382,9 @@ class Config:
         """Read every setting; empty or blank means not set. Raises ConfigError with all that is wrong."""
         texts = _texts(environ, hostname)
         problems = [problem for setting in (*SETTINGS, *STANDARD) if (problem := _problem(setting, texts))]
+        api = _api(texts[KUBERNETES.name].lower(), environ)
+        if not api and not texts[VIPS_FILE.name]:
+            problems.append(Problem(VIPS_FILE.name, "", _NO_SOURCE))
         if problems:
             raise ConfigError(problems)
 
@@ -313,6 +399,13 @@ class Config:
             interfaces=value(INTERFACES),
             uplinks=value(UPLINKS),
             vips_file=value(VIPS_FILE),
+            api=api,
+            policies=value(POLICY),
+            external_ips=value(EXTERNAL_IPS) == "true",
+            conntrack=value(CONNTRACK),
+            pod_name=value(POD_NAME),
+            pod_namespace=value(POD_NAMESPACE),
+            pod_uid=value(POD_UID),
             record_ratio=value(RECORD_RATIO),
             record_rate=value(RECORD_RATE),
             listen=value(LISTEN),
@@ -325,6 +418,22 @@ class Config:
             sdk_disabled=value(_SDK_DISABLED),
             unknown=_unknown(environ),
         )
+
+
+_NO_SOURCE = (
+    "a source of VIP ports: the path of a VIP file here, or an API server "
+    f"({KUBERNETES.name} not off, and KUBECONFIG set or this a pod)"
+)
+
+
+def _api(wish: str, environ: Mapping[str, str]) -> ApiConfig | None:
+    if wish == "off":
+        return None
+    if kubeconfig := environ.get("KUBECONFIG", "").strip():
+        return ApiConfig(kubeconfig)
+    if environ.get("KUBERNETES_SERVICE_HOST", "").strip():
+        return ApiConfig(None)
+    return ApiConfig("~/.kube/config") if wish == "on" else None
 
 
 def closest_setting(name: str) -> str | None:

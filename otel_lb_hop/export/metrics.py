@@ -27,7 +27,7 @@ from otel_lb_hop import __version__, semconv
 from otel_lb_hop.core.hops import ORIGIN_OF
 from otel_lb_hop.core.layout import BOUNDS_NS, OUTCOME_OF, Event, Histogram, HopStats, OriginCode, Unforwarded
 from otel_lb_hop.export.attributes import Attributes, hop_attributes, vip_attributes
-from otel_lb_hop.model import Failure, Hop, Outcome
+from otel_lb_hop.model import Failure, Hop, Outcome, Transport
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -59,6 +59,9 @@ class Instrument(NamedTuple):
 
 
 CONNECTIONS = Instrument(semconv.METRIC_CONNECTIONS, "{connection}", "Connections that entered this node by a VIP port")
+PENDING = Instrument(
+    semconv.METRIC_CONNECTIONS_PENDING, "{connection}", "Connections that are neither forwarded nor given up yet"
+)
 FAILURES = Instrument(semconv.METRIC_HANDSHAKE_FAILURES, "{connection}", "Forwarded connections whose handshake failed")
 UNSEEN = Instrument(
     semconv.METRIC_REPLIES_UNSEEN,
@@ -104,6 +107,7 @@ def _add_histograms(first: Histogram, second: Histogram) -> Histogram:
 class _Sum(NamedTuple):
     """What one (VIP port, hop class) has in common over all nodes of backends."""
 
+    forwarded: int = 0
     refused: int = 0
     timeout: int = 0
     reply_unseen: int = 0
@@ -112,6 +116,7 @@ class _Sum(NamedTuple):
 
     def plus(self, stats: HopStats) -> _Sum:
         return _Sum(
+            self.forwarded + sum(stats.forwarded),
             self.refused + stats.refused,
             self.timeout + stats.timeout,
             self.reply_unseen + stats.reply_unseen,
@@ -128,7 +133,7 @@ class MetricsBuilder:
     """
 
     def __init__(self, resource: Resource, topology: Topology, node_name: str, started_ns: int) -> None:
-        self._resource = resource
+        self.resource = resource
         self._topology = topology
         self._node_name = node_name
         self._started_ns = started_ns
@@ -152,7 +157,14 @@ class MetricsBuilder:
         ]
         metrics = [metric for metric in metrics if metric.data.data_points]
         scope = ScopeMetrics(self._scope, metrics, semconv.SCHEMA_URL)
-        return MetricsData([ResourceMetrics(self._resource, [scope], self._resource.schema_url)])
+        return MetricsData([ResourceMetrics(self.resource, [scope], self.resource.schema_url)])
+
+    def pending(self, vips: Mapping[int, VipStats], hops: Mapping[int, HopStats]) -> dict[int, int]:
+        """Count, by VIP port's id, the connections that came in less those that were forwarded or given up.
+
+        Each is a handshake that waits for its verdict. Once all verdicts are given, anything but 0 is a defect.
+        """
+        return _pending(vips, self._sums(hops))
 
     def _forget_gone(self) -> None:
         known = self._topology.vips.by_id
@@ -167,7 +179,8 @@ class MetricsBuilder:
         retransmits: list[NumberDataPoint] = []
         for vip_id, stats in vips.items():
             base, start_ns = self._vip_attributes[vip_id], self._topology.vips.created_ns[vip_id]
-            retransmits.append(NumberDataPoint(base, start_ns, now_ns, stats.retransmits))
+            if self._topology.vips.by_id[vip_id].transport is Transport.TCP:
+                retransmits.append(NumberDataPoint(base, start_ns, now_ns, stats.retransmits))
             for origin in OriginCode:
                 for reason in Unforwarded:
                     if count := stats.unforwarded[origin][reason]:
@@ -176,11 +189,8 @@ class MetricsBuilder:
                             semconv.ORIGIN: ORIGIN_OF[origin].value,
                         }
                         connections.append(NumberDataPoint(attributes, start_ns, now_ns, count))
-        sums = dict(self._carry)
         for hop_id, hop_stats in hops.items():
             row, start_ns = self._topology.hops.by_id[hop_id], self._topology.hops.created_ns[hop_id]
-            key = row.vip_id, row.hop
-            sums[key] = sums.get(key, _Sum()).plus(hop_stats)
             for origin in OriginCode:
                 count = hop_stats.forwarded[origin]
                 # A zero says that the way exists and nobody took it; that is worth a series for the usual ways only.
@@ -191,7 +201,23 @@ class MetricsBuilder:
                     connections.append(NumberDataPoint(attributes, start_ns, now_ns, count))
         yield _counter(CONNECTIONS, connections)
         yield _counter(RETRANSMITS, retransmits)
+        sums = self._sums(hops)
         yield from self._by_hop_class(sums, now_ns)
+        yield _gauge(
+            PENDING,
+            [
+                NumberDataPoint(self._vip_attributes[vip_id], self._started_ns, now_ns, count)
+                for vip_id, count in _pending(vips, sums).items()
+            ],
+        )
+
+    def _sums(self, hops: Mapping[int, HopStats]) -> dict[tuple[int, Hop], _Sum]:
+        sums = dict(self._carry)
+        for hop_id, stats in hops.items():
+            row = self._topology.hops.by_id[hop_id]
+            key = row.vip_id, row.hop
+            sums[key] = sums.get(key, _Sum()).plus(stats)
+        return sums
 
     def _by_hop_class(self, sums: Mapping[tuple[int, Hop], _Sum], now_ns: int) -> Iterable[Metric]:
         failures: list[NumberDataPoint] = []
@@ -256,6 +282,17 @@ class MetricsBuilder:
             PART_HEALTHY,
             [point(int(healthy), **{semconv.PART: part}) for part, healthy in report.parts_healthy.items()],
         )
+
+
+def _pending(vips: Mapping[int, VipStats], sums: Mapping[tuple[int, Hop], _Sum]) -> dict[int, int]:
+    pending = {
+        vip_id: sum(stats.connections) - sum(sum(reasons) for reasons in stats.unforwarded)
+        for vip_id, stats in vips.items()
+    }
+    for (vip_id, _), total in sums.items():
+        if vip_id in pending:
+            pending[vip_id] -= total.forwarded
+    return pending
 
 
 def _histogram_point(attributes: Attributes, start_ns: int, now_ns: int, histogram: Histogram) -> HistogramDataPoint:

@@ -22,7 +22,7 @@ from opentelemetry.trace import (
 from otel_lb_hop import __version__, semconv
 from otel_lb_hop.core.ids import span_id, tracestate
 from otel_lb_hop.export.attributes import Attributes, vip_attributes
-from otel_lb_hop.model import Hop, Outcome, format_address
+from otel_lb_hop.model import Hop, Outcome, Transport, format_address
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.resources import Resource
@@ -38,7 +38,7 @@ class RecordBuilder:
     """Makes log records and spans. `threshold` is the rejection threshold that good connections passed."""
 
     def __init__(self, resource: Resource, node_name: str, threshold: int) -> None:
-        self._resource = resource
+        self.resource = resource
         self._node_name = node_name
         self._scope = InstrumentationScope(semconv.SCOPE_NAME, __version__, semconv.SCHEMA_URL)
         self._sampled = TraceState([("ot", tracestate(threshold))])
@@ -57,7 +57,7 @@ class RecordBuilder:
             attributes=record_attributes(connection, self._node_name),
             event_name=event_name(connection),
         )
-        return ReadableLogRecord(record, self._resource, self._scope)
+        return ReadableLogRecord(record, self.resource, self._scope)
 
     def span(self, connection: Connection) -> ReadableSpan:
         """Make the span of a connection: from its first packet to its SYN-ACK, failure or verdict."""
@@ -69,7 +69,7 @@ class RecordBuilder:
         return ReadableSpan(
             name=f"lb_hop {connection.vip.namespace}/{connection.vip.service}",
             context=self._span_context(connection),
-            resource=self._resource,
+            resource=self.resource,
             attributes=record_attributes(connection, self._node_name),
             events=events,
             kind=SpanKind.SERVER,
@@ -107,6 +107,8 @@ class RecordBuilder:
             text += f", {connection.hop.value} hop"
         if connection.failure:
             return f"{text}: {_what_failed(connection)}"
+        if connection.answered is None:
+            return text
         if connection.handshake_ns is None:
             return f"{text}; its answer took another way"
         return f"{text}, answered after {connection.handshake_ns / 1e6:.3f} ms"
@@ -145,6 +147,7 @@ def record_attributes(connection: Connection, node_name: str) -> Attributes:
         semconv.ZONE_CROSSED: connection.zone_crossed,
         semconv.FORWARD_DURATION_S: _seconds(connection.forward_ns),
         semconv.HANDSHAKE_DURATION_S: _seconds(connection.handshake_ns),
+        semconv.SYN_RETRANSMITS: connection.retransmits if connection.vip.transport is Transport.TCP else None,
         semconv.NETWORK_INTERFACE_NAME: connection.interface_in,
         semconv.ERROR_TYPE: _what_failed(connection) if is_bad(connection) else None,
     }
@@ -159,7 +162,6 @@ def record_attributes(connection: Connection, node_name: str) -> Attributes:
         semconv.CLIENT_PORT: connection.client[1],
         semconv.OUTCOME: connection.outcome.value,
         semconv.ORIGIN: connection.origin.value,
-        semconv.SYN_RETRANSMITS: connection.retransmits,
         **{name: value for name, value in optional.items() if value is not None},
     }
 

@@ -3,30 +3,45 @@
 from __future__ import annotations
 
 import uuid
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 
 from otel_lb_hop import __version__, semconv
 
-if TYPE_CHECKING:
-    from opentelemetry.util.types import AttributeValue
+
+class Identity(NamedTuple):
+    """What the agent knows of itself and its place; None where it does not."""
+
+    node_name: str
+    host_name: str
+    node_uid: str | None = None
+    zone: str | None = None
+    region: str | None = None
+    cluster_uid: str | None = None
+    pod_namespace: str | None = None
+    pod_name: str | None = None
+    pod_uid: str | None = None
 
 
-def make_resource(node_name: str, host_name: str, zone: str | None, region: str | None) -> Resource:
+def make_resource(identity: Identity) -> Resource:
     """Describe this agent.
 
     The instance id is the same after a restart on the same node, so that its series go on with a new start time.
     """
-    attributes: dict[str, AttributeValue] = {
+    attributes = {
         semconv.RESOURCE_SERVICE_NAME: semconv.SERVICE_NAME,
         semconv.RESOURCE_SERVICE_VERSION: __version__,
-        semconv.RESOURCE_SERVICE_INSTANCE_ID: str(uuid.uuid5(uuid.NAMESPACE_DNS, f"{node_name}.otel-lb-hop")),
-        semconv.K8S_NODE_NAME: node_name,
-        semconv.RESOURCE_HOST_NAME: host_name,
+        semconv.RESOURCE_SERVICE_INSTANCE_ID: str(uuid.uuid5(uuid.NAMESPACE_DNS, f"{identity.node_name}.otel-lb-hop")),
+        semconv.K8S_NODE_NAME: identity.node_name,
+        semconv.RESOURCE_NODE_UID: identity.node_uid,
+        semconv.RESOURCE_CLUSTER_UID: identity.cluster_uid,
+        semconv.K8S_NAMESPACE_NAME: identity.pod_namespace,
+        semconv.RESOURCE_POD_NAME: identity.pod_name,
+        semconv.RESOURCE_POD_UID: identity.pod_uid,
+        semconv.RESOURCE_HOST_NAME: identity.host_name,
+        semconv.RESOURCE_ZONE: identity.zone,
+        semconv.RESOURCE_REGION: identity.region,
     }
-    if zone:
-        attributes[semconv.RESOURCE_ZONE] = zone
-    if region:
-        attributes[semconv.RESOURCE_REGION] = region
-    return Resource(attributes, semconv.SCHEMA_URL).merge(OTELResourceDetector().detect())
+    known = {name: value for name, value in attributes.items() if value}
+    return Resource(known, semconv.SCHEMA_URL).merge(OTELResourceDetector().detect())

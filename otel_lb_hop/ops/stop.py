@@ -1,4 +1,4 @@
-"""The wish to stop, told by a signal handler to the main loop."""
+"""What may end the main loop's wait: the wish to stop, told by a signal handler, and news, told by other threads."""
 
 from __future__ import annotations
 
@@ -6,26 +6,29 @@ import queue
 
 
 class Stop:
-    """Like threading.Event, but `set` may be called from a signal handler.
+    """Like threading.Event, but `set` may be called from a signal handler, and `wake` ends a wait without stopping.
 
     A handler runs between any two bytecodes of the main thread, also while that holds an Event's lock, and would wait
     for it for ever; SimpleQueue.put is made for that.
     """
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._told = False
 
     def set(self) -> None:
         """Tell it."""
-        self._queue.put(None)
+        self._queue.put(True)  # noqa: FBT003 - the item is whether to stop
+
+    def wake(self) -> None:
+        """End the wait that goes on now, or the next one."""
+        self._queue.put(False)  # noqa: FBT003 - as above
 
     def wait(self, seconds: float) -> bool:
-        """Wait until it is told, at most so long; answers whether it was."""
-        if not self._told:
-            try:
-                self._queue.get(timeout=seconds) if seconds > 0 else self._queue.get_nowait()
-                self._told = True
-            except queue.Empty:
-                pass
-        return self._told
+        """Wait until it is told or woken, at most so long; answers whether it was told."""
+        try:
+            self._told |= self._queue.get(timeout=0 if self._told else max(seconds, 0))
+            while True:
+                self._told |= self._queue.get_nowait()
+        except queue.Empty:
+            return self._told

@@ -43,6 +43,7 @@ RESOURCE = {
 }
 UNITS = {
     "lb_hop.connections": ("sum", "{connection}"),
+    "lb_hop.connections.pending": ("gauge", "{connection}"),
     "lb_hop.syn.retransmits": ("sum", "{packet}"),
     "lb_hop.forward.duration": ("histogram", "s"),
     "lb_hop.handshake.duration": ("histogram", "s"),
@@ -255,7 +256,8 @@ def test_metrics_about_the_agent_itself(run: Run) -> None:
         values = {(s.metric, *(v for k, v in s.attributes.items() if k != "k8s.node.name")): s.value for s in own}
         assert values["lb_hop.vip.ports",] == len(VIPS)
         assert {name: value for name, value in values.items() if name[0] == "lb_hop.part.healthy"} == {
-            ("lb_hop.part.healthy", part): 1 for part in ("topology", "interfaces", "metrics", "logs", "traces")
+            ("lb_hop.part.healthy", part): 1
+            for part in ("vips_file", "topology", "conntrack", "interfaces", "metrics", "logs", "traces")
         }
         assert not any(value for name, value in values.items() if name[0].endswith(".dropped"))
         sent = sum(record.resource["k8s.node.name"] == node.name for record in run.logs)

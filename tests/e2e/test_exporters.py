@@ -72,7 +72,7 @@ def test_disabled(lab: Lab) -> None:
             lab.connect(VIP, 80, SENT)
             state = agent.readyz()
             assert (state.status, state.content["degraded"]) == (200, [])
-            assert state.content["parts"].keys() == {"interfaces", "topology"}
+            assert state.content["parts"].keys() == {"conntrack", "interfaces", "topology", "vips_file"}
     assert (collector.logs(), collector.spans(), collector.series()) == ([], [], [])
 
 

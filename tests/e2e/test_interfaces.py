@@ -61,7 +61,7 @@ def test_backend_behind_a_new_interface(lab: Lab) -> None:
         add_interface(lab)
         wait_for("the new interface", lambda: hooked(agent) == [*ALWAYS, "vpod9"])
         lab.apply([moved], announce={VIP: lab.nodes[:1]})
-        wait_for("the new backend", lambda: agent.stderr.count("topology: ") == 2)
+        wait_for("the new backend", lambda: agent.stderr.count("the VIP file holds") == 2)
         assert all(result.ok for result in lab.connect(VIP, 80, SENT))
         lab.nodes[0].run(["ip", "link", "del", "vpod9"])
         wait_for("the end of the interface", lambda: hooked(agent) == ALWAYS)

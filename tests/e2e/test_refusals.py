@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.root, needs_lab]
 
 QUIET = {f"OTEL_{signal_name}_EXPORTER": "none" for signal_name in ("METRICS", "LOGS", "TRACES")}
-PROGRAMS = 5
+PROGRAMS = 8
 NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all")
 
 

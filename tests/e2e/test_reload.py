@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -86,18 +87,37 @@ class Scene:
         return +found
 
 
-@pytest.fixture
-def scene(lab: Lab) -> Iterator[Scene]:
-    """Announce a VIP of two backends by node1 only, with an agent there that exports twice a second."""
+@contextlib.contextmanager
+def staged(lab: Lab, *, left_out: int = 0) -> Iterator[Scene]:
+    """Announce a VIP of two backends by node1 only, with an agent there that exports twice a second.
+
+    The file that the agent begins with leaves the first backends out.
+    """
     service = lab.vip_port(VIP, 80, backends=lab.pods, target_port=TARGET_PORT)
     lab.apply([service], announce={VIP: lab.nodes[:1]})
+    known = replace(service, backends=service.backends[left_out:])
+    lab.vips_path.write_text(lab.vips_file([known]), encoding="utf-8")
     with Collector(lab) as collector, agents_on(lab.nodes[:1], lab.vips_path, collector.settings()) as (agent,):
         yield Scene(lab, collector, agent, service)
 
 
-def test_backend_added(scene: Scene) -> None:
+@pytest.fixture
+def scene(lab: Lab) -> Iterator[Scene]:
+    """Stage it with a file that names everything."""
+    with staged(lab) as scene:
+        yield scene
+
+
+@pytest.fixture
+def scene_without_local(lab: Lab) -> Iterator[Scene]:
+    """Stage it with a file that does not name the backend on node1."""
+    with staged(lab, left_out=1) as scene:
+        yield scene
+
+
+def test_backend_added(scene_without_local: Scene) -> None:
     """A backend that the file does not name yet has hop unknown; once it does, its class, and the old count stays."""
-    scene.write_service(replace(scene.service, backends=scene.service.backends[1:]))
+    scene = scene_without_local
     scene.wait_for_metric("lb_hop.endpoints", 0, lb_hop__placement="local")
     told, records = scene.send()
     unknown = [each for each in told if each.pod.node == "node1"]
@@ -129,6 +149,17 @@ def test_backend_added(scene: Scene) -> None:
     assert scene.hops() == before | {"none": local, "avoidable": SENT - local}
 
 
+def test_backend_removed(scene: Scene) -> None:
+    """A backend that the file no longer names keeps its class and name for a while: traffic to it has not ended yet."""
+    scene.write_service(replace(scene.service, backends=scene.service.backends[1:]))
+    scene.wait_for_metric("lb_hop.endpoints", 0, lb_hop__placement="local")
+    told, records = scene.send()
+    local = sum(each.pod.node == "node1" for each in told)
+    # There is no ready one here any more, so the others became required.
+    assert Counter(record.attributes["lb_hop.hop"] for record in records) == {"none": local, "required": SENT - local}
+    assert {record.attributes["destination.k8s.pod.name"] for record in records} == {"node1-pod1", "node2-pod1"}
+
+
 def test_backend_changed(scene: Scene) -> None:
     """A new name of a pod and its readiness show on what comes after; without a zone of its own, its node's counts."""
     first, second = (replace(backend, zone=None) for backend in scene.service.backends)
@@ -147,8 +178,8 @@ def test_backend_changed(scene: Scene) -> None:
 
 def assert_in_trouble(scene: Scene, words: list[str]) -> None:
     """Hold that the file's problem is told on /readyz and as a metric, while connections are counted as before."""
-    wait_for("a degraded topology", lambda: scene.agent.readyz().content["degraded"] == ["topology"])
-    part = scene.agent.part("topology")
+    wait_for("a degraded source", lambda: scene.agent.readyz().content["degraded"] == ["vips_file"])
+    part = scene.agent.part("vips_file")
     assert scene.agent.readyz().status == 200
     assert not part["healthy"]
     for word in [*words, str(scene.lab.vips_path)]:
@@ -156,13 +187,13 @@ def assert_in_trouble(scene: Scene, words: list[str]) -> None:
     told, records = scene.send()
     local = sum(each.pod.node == "node1" for each in told)
     assert Counter(record.attributes["lb_hop.hop"] for record in records) == {"none": local, "avoidable": SENT - local}
-    scene.wait_for_metric("lb_hop.part.healthy", 0, lb_hop__part="topology")
+    scene.wait_for_metric("lb_hop.part.healthy", 0, lb_hop__part="vips_file")
 
 
 def assert_repaired(scene: Scene) -> None:
     """Hold that nothing is degraded any more."""
-    wait_for("a healthy topology", lambda: scene.agent.readyz().content["degraded"] == [])
-    scene.wait_for_metric("lb_hop.part.healthy", 1, lb_hop__part="topology")
+    wait_for("a healthy source", lambda: scene.agent.readyz().content["degraded"] == [])
+    scene.wait_for_metric("lb_hop.part.healthy", 1, lb_hop__part="vips_file")
 
 
 def test_file_in_trouble(scene: Scene) -> None:
@@ -170,7 +201,7 @@ def test_file_in_trouble(scene: Scene) -> None:
     good = scene.lab.vips_path.read_text(encoding="utf-8")
     scene.write(BROKEN)
     assert_in_trouble(scene, [f"line {BROKEN_LINE}", "adress"])
-    assert scene.agent.stderr.count("the VIP file is wrong") == 1
+    assert scene.agent.stderr.count("vips_file: what was known before stays") == 1
     assert f"{scene.lab.vips_path} line {BROKEN_LINE}" in scene.agent.stderr
     scene.write(good)
     assert_repaired(scene)

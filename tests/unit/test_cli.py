@@ -31,9 +31,10 @@ class FakeAgent:
     signal = signal.SIGTERM
     last: FakeAgent | None = None
 
-    def __init__(self, config: Config, loading: Future[Loaded]) -> None:
+    def __init__(self, config: Config, loading: Future[Loaded], stop: Stop) -> None:
         self.config = config
         self.loading = loading
+        self.stop = stop
         self.stopped = False
         FakeAgent.last = self
 
@@ -42,11 +43,11 @@ class FakeAgent:
         if self.error:
             raise self.error
 
-    def run(self, stop: Stop) -> None:
+    def run(self) -> None:
         """Be told to stop by a real signal."""
-        assert not stop.wait(0)
+        assert not self.stop.wait(0)
         os.kill(os.getpid(), self.signal)
-        self.stopped = stop.wait(10)
+        self.stopped = self.stop.wait(10)
 
 
 begun: list[Sizes] = []

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from otel_lb_hop.config import PREFIX, SETTINGS, STANDARD, Config, SignalConfig, closest_setting
+from otel_lb_hop.config import PREFIX, SETTINGS, STANDARD, ApiConfig, Config, SignalConfig, closest_setting
 from otel_lb_hop.errors import ConfigError, Problem
+from otel_lb_hop.model import Policy
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -149,6 +150,11 @@ def test_listen(text: str, listen: tuple[str, int] | None) -> None:
         ("LOG_LEVEL", ["debug", "INFO", "Warning", "error"], ["debug", "info", "warning", "error"]),
         ("NODE_NAME", ["node-7.lan", " n "], ["node-7.lan", "n"]),
         ("VIPS_FILE", ["vips.yaml", "/a b/c"], [Path("vips.yaml"), Path("/a b/c")]),
+        ("CONNTRACK", ["auto", "On", "off"], ["auto", "on", "off"]),
+        ("EXTERNAL_IPS", ["true", "False"], [True, False]),
+        ("POD_NAME", ["otel-lb-hop-x7k2p"], ["otel-lb-hop-x7k2p"]),
+        ("POD_NAMESPACE", ["monitoring"], ["monitoring"]),
+        ("POD_UID", ["0b9e"], ["0b9e"]),
     ],
 )
 def test_own_settings(name: str, texts: list[str], values: list[object]) -> None:
@@ -185,6 +191,11 @@ def test_own_settings(name: str, texts: list[str], values: list[object]) -> None
             ],
         ),
         ("OTEL_LB_HOP_LOG_LEVEL", ["trace", "warn", "20"]),
+        ("OTEL_LB_HOP_KUBERNETES", ["true", "in-cluster"]),
+        ("OTEL_LB_HOP_POLICY", ["Cluster,Local", "none"]),
+        ("OTEL_LB_HOP_EXTERNAL_IPS", ["yes", "1"]),
+        ("OTEL_LB_HOP_CONNTRACK", ["true", "always"]),
+        ("OTEL_LB_HOP_POD_NAME", ["two words"]),
         ("OTEL_METRICS_EXPORTER", ["otlp,none", "none,otlp", "otlp,", "a b", "none,none", "/"]),
         ("OTEL_LOGS_EXPORTER", ["otlp,None"]),
         ("OTEL_TRACES_EXPORTER", [","]),
@@ -205,10 +216,41 @@ def test_refused(name: str, texts: list[str]) -> None:
         assert problem.accepted.startswith(accepted)
 
 
-def test_no_vip_file() -> None:
-    """Without a VIP file there is nothing to watch, and the message says why it is needed."""
-    with pytest.raises(ConfigError, match=r"OTEL_LB_HOP_VIPS_FILE: read '', .*VIP file.*API server.*later version"):
-        Config.from_environ({}, "node1")
+def test_policy() -> None:
+    """The policies to watch are a set."""
+    assert [own("POLICY", text).policies for text in ("all", "Cluster", "local")] == [
+        {Policy.CLUSTER, Policy.LOCAL},
+        {Policy.CLUSTER},
+        {Policy.LOCAL},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("environ", "api"),
+    [
+        ({}, None),
+        ({"KUBECONFIG": " "}, None),
+        ({"KUBECONFIG": "/a:/b"}, ApiConfig("/a:/b")),
+        ({"KUBERNETES_SERVICE_HOST": "10.96.0.1"}, ApiConfig(None)),
+        ({"KUBERNETES_SERVICE_HOST": "10.96.0.1", "KUBECONFIG": "/a"}, ApiConfig("/a")),
+        ({"KUBERNETES_SERVICE_HOST": "10.96.0.1", "OTEL_LB_HOP_KUBERNETES": "off"}, None),
+        ({"KUBECONFIG": "/a", "OTEL_LB_HOP_KUBERNETES": "Off"}, None),
+        ({"OTEL_LB_HOP_KUBERNETES": "on"}, ApiConfig("~/.kube/config")),
+        ({"OTEL_LB_HOP_KUBERNETES": "on", "KUBERNETES_SERVICE_HOST": "10.96.0.1"}, ApiConfig(None)),
+    ],
+)
+def test_api_server(environ: dict[str, str], api: ApiConfig | None) -> None:
+    """KUBECONFIG comes before the way of a pod; the home directory's file counts only when asked for."""
+    assert read(**environ).api == api
+
+
+def test_no_source() -> None:
+    """Without a VIP file and an API server there is nothing to watch, and the message names both ways."""
+    for environ in ({}, {"KUBECONFIG": "/a", "OTEL_LB_HOP_KUBERNETES": "off"}):
+        (problem,) = refused(environ)
+        assert (problem.name, problem.read) == ("OTEL_LB_HOP_VIPS_FILE", "")
+        assert "KUBECONFIG" in problem.accepted
+    assert not refused({"KUBECONFIG": "/a"})
 
 
 def test_bad_hostname() -> None:
@@ -220,8 +262,8 @@ def test_bad_hostname() -> None:
 
 def test_all_problems_together() -> None:
     """Every bad setting is reported at once, each once."""
-    bad = dict.fromkeys((name for name in NAMES if name not in BASE and name != "OTEL_SDK_DISABLED"), "/ /")
-    del bad["OTEL_LB_HOP_INTERFACES"], bad["OTEL_LB_HOP_UPLINKS"]
+    free = {"OTEL_SDK_DISABLED", "OTEL_LB_HOP_INTERFACES", "OTEL_LB_HOP_UPLINKS"}
+    bad = dict.fromkeys((name for name in NAMES if name not in BASE and name not in free), "/ /")
     assert sorted(problem.name for problem in refused(BASE | bad)) == sorted(bad)
 
 

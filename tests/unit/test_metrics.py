@@ -27,7 +27,7 @@ from otel_lb_hop import __version__, semconv
 from otel_lb_hop.core.layout import BUCKETS, Event, Histogram, HopStats, Unforwarded, VipStats
 from otel_lb_hop.core.topology import KEEP_RETIRED_NS, Topology
 from otel_lb_hop.export.metrics import MetricsBuilder, SelfReport
-from otel_lb_hop.model import Hop, Policy
+from otel_lb_hop.model import Hop, Policy, Transport
 from tests.unit.samples import (
     CLUSTERS,
     LOCAL,
@@ -83,7 +83,7 @@ class Exporter:
 
     def __init__(self, state: Cluster) -> None:
         self.topology = Topology(NODE)
-        self.topology.update(state, START)
+        self.topology.replace(state, START)
         self.builder = MetricsBuilder(Resource({"service.name": "x"}), self.topology, NODE, AGENT_START)
 
     def build(
@@ -169,21 +169,27 @@ def test_zeros(web: Exporter) -> None:
     assert not metrics.keys() & (silent | {"lb_hop.handshake.duration"})
 
 
-def test_other_vip_attributes() -> None:
-    """Address family, policy, port and names are those of the VIP port."""
-    made = Exporter(cluster(vip_port(LOCAL, address="fd00:10::1", port=443, name="shop/api", policy=Policy.LOCAL)))
-    ((attributes, _, value),) = points(made.build({1: vip_stats(retransmits=9)})["lb_hop.syn.retransmits"])
+@pytest.mark.parametrize("transport", ["tcp", "udp", "sctp"])
+def test_other_vip_attributes(transport: str) -> None:
+    """Address family, transport, policy, port and names are those of the VIP port."""
+    other: dict[str, Any] = {"name": "shop/api", "policy": Policy.LOCAL, "transport": Transport[transport.upper()]}
+    made = Exporter(cluster(vip_port(LOCAL, address="fd00:10::1", port=443, **other)))
+    metrics = made.build({1: vip_stats(external=(9,), retransmits=8)})
+    ((attributes, _, value),) = points(metrics["lb_hop.connections"])
     assert value == 9
     assert attributes == {
+        "lb_hop.outcome": "dropped",
+        "lb_hop.origin": "external",
         "k8s.namespace.name": "shop",
         "k8s.service.name": "api",
         "server.address": "fd00:10::1",
         "server.port": 443,
-        "network.transport": "tcp",
+        "network.transport": transport,
         "network.type": "ipv6",
         "lb_hop.external_traffic_policy": "Local",
         "k8s.node.name": "node1",
     }
+    assert ("lb_hop.syn.retransmits" in metrics) is (transport == "tcp")
 
 
 def test_failures_are_summed_over_the_backends_nodes(web: Exporter) -> None:
@@ -233,6 +239,7 @@ def test_kinds_units_and_temporality(web: Exporter) -> None:
     kinds = {name: (type(metric.data).__name__, metric.unit) for name, metric in metrics.items()}
     assert kinds == {
         "lb_hop.connections": ("Sum", "{connection}"),
+        "lb_hop.connections.pending": ("Gauge", "{connection}"),
         "lb_hop.syn.retransmits": ("Sum", "{packet}"),
         "lb_hop.handshake.failures": ("Sum", "{connection}"),
         "lb_hop.replies.unseen": ("Sum", "{connection}"),
@@ -262,7 +269,7 @@ def test_start_times() -> None:
     """A point starts with its row; what is summed over rows starts with the VIP port; our own with the agent."""
     made = Exporter(cluster(vip_port(REMOTE)))
     later = START + 7 * SECOND
-    made.topology.update(cluster(vip_port(REMOTE, LOCAL)), later)
+    made.topology.replace(cluster(vip_port(REMOTE, LOCAL)), later)
     vips = {1: vip_stats(external=(1,), retransmits=1)}
     hops = {2: hop_stats(external=1), 3: hop_stats(external=1, refused=1, forward=histogram(1, b0=1))}
     metrics = made.build(vips, hops)
@@ -284,14 +291,14 @@ def test_endpoints() -> None:
         ({"lb_hop.placement": "same_zone"}, 2),
         ({"lb_hop.placement": "other_zone"}, 1),
     ]
-    made.topology.update(cluster(), NOW)
+    made.topology.replace(cluster(), NOW)
     assert "lb_hop.endpoints" not in made.build()
 
 
 def test_retired_rows_are_still_told() -> None:
     """A Service that was deleted keeps its series until its rows are forgotten."""
     made = Exporter(cluster(vip_port(LOCAL)))
-    made.topology.update(cluster(), NOW)
+    made.topology.replace(cluster(), NOW)
     metrics = made.build({1: vip_stats(retransmits=1)}, {2: hop_stats(external=3, refused=1)})
     assert [value for _, value in beyond(metrics["lb_hop.connections"])] == [3]
     assert [value for _, value in beyond(metrics["lb_hop.handshake.failures"])] == [1]
@@ -315,10 +322,10 @@ def test_carry_goes_with_its_vip_port() -> None:
     """A VIP port that is forgotten takes its carry along; one that comes back starts at zero with a new start."""
     made = Exporter(cluster(vip_port(REMOTE)))
     made.builder.carry_over(1, Hop.REQUIRED, hop_stats(refused=5))
-    made.topology.update(cluster(), NOW)
+    made.topology.replace(cluster(), NOW)
     made.topology.rows(NOW)
     later = NOW + KEEP_RETIRED_NS + SECOND
-    made.topology.update(cluster(vip_port(REMOTE)), later)
+    made.topology.replace(cluster(vip_port(REMOTE)), later)
     ((_, hop_id),) = [made.topology.hops.by_id.keys()]
     metrics = made.build({}, {hop_id: hop_stats(refused=1)}, now_ns=later)
     assert [(start, value) for _, start, value in points(metrics["lb_hop.handshake.failures"])] == [(later, 1)]
@@ -362,6 +369,7 @@ def test_self_metrics() -> None:
             "no_slot": 109,
             "late": 110,
             "no_row": 111,
+            "conntrack_unread": 112,
         },
         "lb_hop.vip.ports": {"": 2},
         "lb_hop.topology.age": {"": 1.5},
@@ -418,10 +426,11 @@ def _random_histogram(random: Random, last: Histogram) -> Histogram:
 
 
 def _grown_hop(random: Random, last: HopStats) -> HopStats:
-    counts = [getattr(last, name) + random.randrange(3) for name in HopStats._fields[1:6]]
+    names = set(HopStats._fields) - {"forwarded", "forward", "handshake"}
+    counts = {name: getattr(last, name) + random.randrange(3) for name in sorted(names)}
     forwarded = last.forwarded[0] + random.randrange(2), last.forwarded[1] + random.randrange(3)
-    times = _random_histogram(random, last.forward), _random_histogram(random, last.handshake)
-    return HopStats._make((forwarded, *counts, *times))
+    times: dict[str, Any] = {name: _random_histogram(random, getattr(last, name)) for name in ("forward", "handshake")}
+    return HopStats(forwarded, **counts, **times)
 
 
 def _grown_vip(random: Random, last: VipStats) -> VipStats:
@@ -455,7 +464,7 @@ def test_any_history(steps: list[tuple[int, Cluster]], random: Random) -> None:
     last: dict[tuple[str, frozenset[tuple[str, Any]]], tuple[int, list[float]]] = {}
     for seconds, state in steps:
         now += seconds * SECOND
-        exporter.topology.update(state, now)
+        exporter.topology.replace(state, now)
         kernel.go_on(exporter, random, now)
         data = exporter.builder.build(kernel.vips, kernel.hops, EMPTY_REPORT, now)
         metrics = metrics_of(data)

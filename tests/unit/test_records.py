@@ -188,7 +188,7 @@ GOOD = [name for name, case in CASES.items() if case.status is None]
 def told(kernel_record: Record) -> Connection:
     """Resolve a record with VIP port 1: a backend here (row 2), on node2 in another zone (3), on node3 (4)."""
     topology = Topology(NODE)
-    topology.update(cluster(vip_port(LOCAL, REMOTE, backend("10.100.3.2", "node3")), node1="zone-a"), OFFSET)
+    topology.replace(cluster(vip_port(LOCAL, REMOTE, backend("10.100.3.2", "node3")), node1="zone-a"), OFFSET)
     connection = resolve(kernel_record, topology, OFFSET, {2: "eth0", 3: "veth1"}.get)
     assert connection is not None
     return connection
@@ -318,7 +318,7 @@ def test_span_through_otlp(case: Case) -> None:
 def test_ipv6() -> None:
     """IPv6 addresses are written as people do, with brackets before a port in the sentence."""
     topology = Topology(NODE)
-    topology.update(cluster(vip_port(backend("fd00:100::2", "node2"), address="fd00:10::1", port=443)), OFFSET)
+    topology.replace(cluster(vip_port(backend("fd00:100::2", "node2"), address="fd00:10::1", port=443)), OFFSET)
     ends = {"client": "2001:db8::7", "snat": "fd00:18::3", "backend": "fd00:100::2"}
     changes: dict[str, Any] = {name: pack_address(address) for name, address in ends.items()}
     connection = resolve(record(**changes, hop_id=2), topology, OFFSET, {2: "eth0"}.get)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from otel_lb_hop import __version__
-from otel_lb_hop.export.resource import make_resource
+from otel_lb_hop.export.resource import Identity, make_resource
 
 
 @pytest.fixture(autouse=True)
@@ -16,13 +16,13 @@ def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def attributes(zone: str | None = None, region: str | None = None, node: str = "node1") -> dict[str, Any]:
+def attributes(node: str = "node1", **known: str) -> dict[str, Any]:
     """Make the resource's attributes."""
-    return dict(make_resource(node, "host1", zone, region).attributes)
+    return dict(make_resource(Identity(node, "host1", **known)).attributes)
 
 
 def test_attributes() -> None:
-    """Service, version, node and host are told; zone and region only if they are known."""
+    """Service, version, node and host are told; all else only if it is known."""
     made = attributes()
     instance = made.pop("service.instance.id")
     assert made == {
@@ -31,9 +31,25 @@ def test_attributes() -> None:
         "k8s.node.name": "node1",
         "host.name": "host1",
     }
-    more = {"service.instance.id": instance, "cloud.availability_zone": "zone-a", "cloud.region": "lab"}
-    assert attributes("zone-a", "lab") == made | more
-    assert make_resource("node1", "host1", None, None).schema_url == "https://opentelemetry.io/schemas/1.44.0"
+    assert attributes(
+        node_uid="n-1",
+        zone="zone-a",
+        region="lab",
+        cluster_uid="c-1",
+        pod_namespace="monitoring",
+        pod_name="otel-lb-hop-x7k2p",
+        pod_uid="p-1",
+    ) == made | {
+        "service.instance.id": instance,
+        "k8s.node.uid": "n-1",
+        "cloud.availability_zone": "zone-a",
+        "cloud.region": "lab",
+        "k8s.cluster.uid": "c-1",
+        "k8s.namespace.name": "monitoring",
+        "k8s.pod.name": "otel-lb-hop-x7k2p",
+        "k8s.pod.uid": "p-1",
+    }
+    assert make_resource(Identity("node1", "host1")).schema_url == "https://opentelemetry.io/schemas/1.44.0"
 
 
 def test_instance_id() -> None:

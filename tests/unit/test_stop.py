@@ -17,6 +17,23 @@ def test_waits_until_told() -> None:
     assert stop.wait(10)
 
 
+def test_woken() -> None:
+    """News ends one wait, however often they were told, and stops nothing."""
+    stop = Stop()
+    stop.wake()
+    stop.wake()
+    started = time.monotonic()
+    assert not stop.wait(10)
+    assert time.monotonic() - started < 5
+    started = time.monotonic()
+    assert not stop.wait(0.05)
+    assert time.monotonic() - started >= 0.05
+    stop.wake()
+    stop.set()
+    stop.wake()
+    assert stop.wait(10)
+
+
 def test_told_by_a_handler_in_the_middle_of_waiting() -> None:
     """A signal handler may tell it while the same thread waits."""
     stop = Stop()
