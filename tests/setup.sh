@@ -4,8 +4,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# bcc is not on PyPI; linux-libc-dev has the UAPI headers it compiles with; the rest is the lab and the checks.
-packages=(python3-bpfcc linux-libc-dev python3-venv iproute2 nftables conntrack gcc libc6-dev shellcheck)
+# bcc is not on PyPI; linux-libc-dev has the UAPI headers it compiles with; the rest is the lab, the control plane of its
+# cluster and the checks.
+packages=(python3-bpfcc linux-libc-dev python3-venv iproute2 nftables conntrack iptables etcd-server openssl
+	gcc libc6-dev shellcheck)
 
 missing=()
 for package in "${packages[@]}"; do

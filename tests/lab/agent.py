@@ -34,18 +34,21 @@ class Readiness(NamedTuple):
 
 
 def environment(settings: Mapping[str, str]) -> dict[str, str]:
-    """Make the whole environment of an agent: what this process has by chance of OTEL_* stays out."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OTEL_", "PYTHON"))}
+    """Make the whole environment of an agent: what this process has by chance of OTEL_* or KUBE* stays out."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OTEL_", "PYTHON", "KUBE"))}
     return kept | {"OTEL_METRIC_EXPORT_INTERVAL": "500"} | dict(settings)
 
 
 class Agent:
-    """One agent on one node, named after it. Use it as a context: on exit it is stopped, and must stop well."""
+    """One agent on one node, named after it. Use it as a context: on exit it is stopped, and must stop well.
+
+    What it knows comes from the file `vips`, from the API server that `settings` name, or from both.
+    """
 
     def __init__(
         self,
         node: Node,
-        vips: Path,
+        vips: Path | None,
         settings: Mapping[str, str],
         *,
         name: str = "agent",
@@ -60,9 +63,10 @@ class Agent:
         self._files = {kind: node.directory / f"{node.name}-{name}.{kind}" for kind in ("stdout", "stderr")}
         own = {
             "OTEL_LB_HOP_NODE_NAME": node.name,
-            "OTEL_LB_HOP_VIPS_FILE": str(vips),
             "OTEL_LB_HOP_LISTEN": f"127.0.0.1:{port}",
         }
+        if vips:
+            own["OTEL_LB_HOP_VIPS_FILE"] = str(vips)
         with self._files["stdout"].open("w") as stdout, self._files["stderr"].open("w") as stderr:
             self.process = node.popen(
                 [*prefix, *RUN], stdout=stdout, stderr=stderr, env=environment(own | dict(settings)), cwd=ROOT
@@ -138,6 +142,8 @@ class Agent:
         # The kernel frees a program a moment after its last user has gone.
         wait_for("the end of its BPF programs", lambda: not programs.still_loaded(self.programs), 5)
         assert "Traceback" not in self.stderr, self.stderr
+        # For each VIP port: connections = forwarded + not forwarded, once every verdict is given.
+        assert "do not add up" not in self.stderr, self.stderr
         return seconds
 
     def kill(self) -> None:
@@ -149,10 +155,16 @@ class Agent:
 
 @contextlib.contextmanager
 def agents_on(
-    nodes: Sequence[Node], vips: Path, settings: Mapping[str, str], name: str = "agent", port: int = 9465
+    nodes: Sequence[Node],
+    vips: Path | None,
+    settings: Mapping[str, str],
+    name: str = "agent",
+    port: int = 9465,
+    *,
+    prefix: Sequence[str] = (),
 ) -> Iterator[list[Agent]]:
     """Run an agent on each of these nodes; on exit all are stopped, and must stop well."""
-    started = [Agent(node, vips, settings, name=name, port=port) for node in nodes]
+    started = [Agent(node, vips, settings, name=name, port=port, prefix=prefix) for node in nodes]
     try:
         for agent in started:
             agent.wait_ready()

@@ -134,16 +134,26 @@ class Host:
         timeout: float = 3.0,
     ) -> list[Connection]:
         """Make TCP connections from here; `timeout` is each one's own, `reset` closes with RST."""
-        words = [address, port, count, concurrency, timeout, "reset" if reset else "close"]
-        argv = [*_PYTHON, str(_SCRIPTS / "traffic.py"), *map(str, words)]
-        output = self.run(argv, timeout=60 + count * timeout / concurrency).stdout
-        return [Connection(*result) for result in json.loads(output)]
+        words = address, port, count, concurrency, timeout, "reset" if reset else "close"
+        return self._traffic("tcp", *words, seconds=60 + count * timeout / concurrency)
+
+    def send_udp(
+        self, address: str, port: int, flows: int = 1, *, concurrency: int = 8, timeout: float = 3.0
+    ) -> list[Connection]:
+        """Send one datagram for each UDP flow, each from a port of its own, and wait for the answer as long."""
+        words = address, port, flows, concurrency, timeout, "close"
+        return self._traffic("udp", *words, seconds=60 + flows * timeout / concurrency)
 
     def conntrack(self, transport: str = "tcp") -> list[Conntrack]:
         """Return the conntrack entries of this host, IPv4 and IPv6."""
         families = ["ipv4", "ipv6"]
         texts = [self.run(["conntrack", "-L", "-p", transport, "-f", family]).stdout for family in families]
         return [parse_conntrack(line) for text in texts for line in text.splitlines()]
+
+    def _traffic(self, *words: object, seconds: float) -> list[Connection]:
+        argv = [*_PYTHON, str(_SCRIPTS / "traffic.py"), *map(str, words)]
+        output = self.run(argv, timeout=seconds).stdout
+        return [Connection(*result) for result in json.loads(output)]
 
 
 @dataclass(frozen=True)
@@ -155,20 +165,31 @@ class Pod(Host):
 
     def serve(self, port: int) -> None:
         """Take TCP connections on `port` over both families, from now until the lab ends."""
-        files = [str(self.directory / f"{self.name}-{port}.{kind}") for kind in ("log", "control")]
-        self.run([*_PYTHON, str(_SCRIPTS / "server.py"), str(port), *files])
+        self._serve("tcp", port)
 
-    def accepted(self) -> list[Accepted]:
-        """Every connection taken so far on any port; complete for connections that have ended at the client."""
-        return [Accepted(*json.loads(line)) for log in self._complete_logs() for line in log.read_text().splitlines()]
+    def serve_udp(self, port: int) -> None:
+        """Answer UDP datagrams on `port` over both families, from now until the lab ends."""
+        self._serve("udp", port)
+
+    def accepted(self, transport: str = "tcp") -> list[Accepted]:
+        """Every connection taken so far on any port; complete for connections that have ended at the client.
+
+        With UDP every datagram.
+        """
+        logs = self._complete_logs(transport)
+        return [Accepted(*json.loads(line)) for log in logs for line in log.read_text().splitlines()]
 
     def backend(self, vip: str, port: int, *, ready: bool = True) -> Backend:
         """Describe this pod as a backend of a VIP, in the VIP's address family."""
         address = pack_address(self.address4 if is_ipv4(pack_address(vip)) else self.address6)
         return Backend(address, port, self.node, self.zone, POD_NAMESPACE, self.name, ready)
 
-    def _complete_logs(self) -> list[Path]:
-        logs = sorted(self.directory.glob(f"{self.name}-*.log"))
+    def _serve(self, transport: str, port: int) -> None:
+        files = [str(self.directory / f"{self.name}-{transport}-{port}.{kind}") for kind in ("log", "control")]
+        self.run([*_PYTHON, str(_SCRIPTS / "server.py"), transport, str(port), *files])
+
+    def _complete_logs(self, transport: str) -> list[Path]:
+        logs = sorted(self.directory.glob(f"{self.name}-{transport}-*.log"))
         for log in logs:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
                 server.settimeout(10)

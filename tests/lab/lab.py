@@ -115,9 +115,14 @@ class Lab:
         routes = {v.address: announced.get(v.address, self.nodes) for v in vip_ports}
         with ThreadPoolExecutor(len(self.nodes)) as pool:
             list(pool.map(lambda node: node.run(["nft", "-f", "-"], text=ruleset(node.name, vip_ports)), self.nodes))
-        for family in (4, 6):
-            self._announce(family, {vip: route for vip, route in routes.items() if is_ipv4(vip) == (family == 4)})
+        self.announce({format_address(vip): nodes for vip, nodes in routes.items()})
         self.vips_path.write_text(self.vips_file(vip_ports), encoding="utf-8")
+
+    def announce(self, vips: Mapping[str, Collection[Node]]) -> None:
+        """Let these nodes, and no others, announce these VIPs to the router, replacing all earlier announcements."""
+        packed = {pack_address(vip): nodes for vip, nodes in vips.items()}
+        for family in (4, 6):
+            self._announce(family, {vip: nodes for vip, nodes in packed.items() if is_ipv4(vip) == (family == 4)})
 
     @property
     def vips_path(self) -> Path:

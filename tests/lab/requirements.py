@@ -8,6 +8,14 @@ from pathlib import Path
 import pytest
 
 PROGRAMS = ("ip", "nft", "conntrack")
+PACKAGE_OF = {
+    "ip": "iproute2",
+    "nft": "nftables",
+    "conntrack": "conntrack",
+    "etcd": "etcd-server",
+    "iptables": "iptables",
+    "openssl": "openssl",
+}
 CAP_NET_ADMIN, CAP_SYS_ADMIN = 12, 21
 
 
@@ -15,7 +23,8 @@ def lacking(programs: tuple[str, ...] = PROGRAMS) -> str | None:
     """Return what this machine lacks to run a lab (with these programs), as a reason to skip; None when nothing."""
     missing = [program for program in programs if shutil.which(program) is None]
     if missing:
-        return f"the lab needs {', '.join(missing)} (Debian: iproute2, nftables, conntrack)"
+        packages = ", ".join(PACKAGE_OF[program] for program in missing)
+        return f"the lab needs {', '.join(missing)} (Debian: {packages})"
     needed = 1 << CAP_NET_ADMIN | 1 << CAP_SYS_ADMIN
     if _effective_capabilities() & needed != needed:
         return "the lab needs root: CAP_NET_ADMIN and CAP_SYS_ADMIN, for network namespaces"

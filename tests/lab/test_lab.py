@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 import yaml
 
-from otel_lb_hop.model import Policy
+from otel_lb_hop.model import Policy, Transport
 from tests.lab import Lab, LabError, reaper
 from tests.lab.requirements import needs_lab
 
@@ -165,6 +165,23 @@ def test_closing_without_reset_is_counted_as_well(lab: Lab) -> None:
     before = counts(lab)
     assert all(result.ok for result in lab.connect(VIP4, 80, 500, reset=False, concurrency=64))
     assert len(accepted_during(lab, before)) == 500
+
+
+@BOTH
+def test_udp_flows_have_ports_of_their_own(lab: Lab, vip: str) -> None:
+    """23 UDP flows are 23 answers and 23 datagrams at the pods; without a backend each is refused."""
+    port = {VIP4: 5304, VIP6: 5306}[vip]
+    for pod in lab.pods:
+        pod.serve_udp(port)
+    lab.apply([lab.vip_port(vip, 53, transport=Transport.UDP, backends=lab.pods, target_port=port)])
+    results = lab.client.send_udp(vip, 53, 23)
+    assert [result.error for result in results] == [""] * 23
+    assert len({result.client_port for result in results}) == 23
+    datagrams = [entry for pod in lab.pods for entry in pod.accepted("udp") if entry.local_port == port]
+    assert len(datagrams) == 23
+    assert {entry.peer_address for entry in datagrams} <= lab.nodes[0].addresses | lab.nodes[1].addresses
+    lab.apply([lab.vip_port(vip, 53, transport=Transport.UDP)])
+    assert [result.error for result in lab.client.send_udp(vip, 53, 23)] == ["ECONNREFUSED"] * 23
 
 
 def test_applying_again_replaces_all(lab: Lab) -> None:

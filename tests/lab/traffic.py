@@ -1,11 +1,12 @@
-"""Client that makes TCP connections and tells what became of each.
+"""Client that makes TCP connections, or UDP flows of one question and one answer, and tells what became of each.
 
-Run as `python -I -S traffic.py ADDRESS PORT COUNT CONCURRENCY TIMEOUT RESET`; writes one JSON array with
+Run as `python -I -S traffic.py tcp|udp ADDRESS PORT COUNT CONCURRENCY TIMEOUT RESET`; writes one JSON array with
 [client address, client port, ok, error, seconds] for every connection, in the order they ended.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -25,6 +26,9 @@ TIMEOUT = "timeout"
 
 class Traffic:
     """COUNT connections to one address, at most CONCURRENCY of them under way at once."""
+
+    kind = socket.SOCK_STREAM
+    answered_by = select.EPOLLOUT
 
     def __init__(self, address: str, port: int, *, timeout: float, reset: bool) -> None:
         self.target = (address, port)
@@ -51,28 +55,36 @@ class Traffic:
         return self.results
 
     def begin(self) -> None:
-        """Send one SYN."""
-        connection = socket.socket(self.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        """Send one first packet."""
+        connection = socket.socket(self.family, self.kind | socket.SOCK_NONBLOCK)
         if self.reset:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
         started = time.perf_counter()
-        number = connection.connect_ex(self.target)
+        number = self.send_first(connection)
         if number == errno.EINPROGRESS:
             # Without a wire in between, an ICMP "port unreachable" comes back while connect() still holds the socket;
             # IPv6 then keeps it as a soft error and would tell only after the next SYN, a second later.
             number = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) or errno.EINPROGRESS
         if number in {0, errno.EINPROGRESS}:
             self.pending[connection.fileno()] = connection, started
-            self.poller.register(connection.fileno(), select.EPOLLOUT)
+            self.poller.register(connection.fileno(), self.answered_by)
         else:
             self.end(connection, started, errno.errorcode[number])
+
+    def send_first(self, connection: socket.socket) -> int:
+        """Send a SYN; answers an errno or 0."""
+        return connection.connect_ex(self.target)
 
     def end(self, connection: socket.socket, started: float, error: str) -> None:
         """Write the result down and close."""
         seconds = time.perf_counter() - started
         local = connection.getsockname()
-        connection.close()
+        self.close(connection)
         self.results.append((local[0], local[1], not error, error, seconds))
+
+    def close(self, connection: socket.socket) -> None:
+        """Be done with a connection."""
+        connection.close()
 
     def patience(self) -> float:
         """Seconds until the oldest connection runs out of time."""
@@ -88,6 +100,32 @@ class Traffic:
             self.end(connection, started, TIMEOUT)
 
 
+class Questions(Traffic):
+    """The same with UDP: each connection is a datagram from a port of its own, and good once one came back."""
+
+    kind = socket.SOCK_DGRAM
+    answered_by = select.EPOLLIN
+
+    def __init__(self, address: str, port: int, *, timeout: float, reset: bool) -> None:
+        super().__init__(address, port, timeout=timeout, reset=reset)
+        self.asked: list[socket.socket] = []
+
+    def send_first(self, connection: socket.socket) -> int:
+        """Ask; answers an errno or 0."""
+        try:
+            connection.connect(self.target)
+            connection.send(b"?")
+        except OSError as error:
+            return error.errno or errno.EIO
+        return 0
+
+    def close(self, connection: socket.socket) -> None:
+        """Keep its port until the end, so that no other flow gets it; it says no more."""
+        with contextlib.suppress(FileNotFoundError):  # it could not even be sent
+            self.poller.unregister(connection)
+        self.asked.append(connection)
+
+
 def stay_on_one_cpu() -> None:
     """Keep the packets of a connection in order.
 
@@ -101,11 +139,13 @@ def stay_on_one_cpu() -> None:
 
 def main(words: list[str]) -> None:
     """Make the connections and print the results."""
-    address, port, count, concurrency, timeout, reset = words
+    transport, address, port, count, concurrency, timeout, reset = words
     hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     stay_on_one_cpu()
-    traffic = Traffic(address, int(port), timeout=float(timeout), reset=reset == "reset")
+    traffic = {"tcp": Traffic, "udp": Questions}[transport](
+        address, int(port), timeout=float(timeout), reset=reset == "reset"
+    )
     json.dump(traffic.run(int(count), int(concurrency)), sys.stdout)
 
 

@@ -1,8 +1,9 @@
 """Builds the peers: `python -m tests.peers.build otelcol` prints the path of the program.
 
-Each folder here that holds a go.mod is a Go module that pins one real program. It is built once and kept in
+Each folder here that holds a go.mod is a Go module that pins a real program: its own main package, or those that
+tools.go imports. A file `ldflags` holds what the linker is told beside `-s -w`. A peer is built once and kept in
 XDG_CACHE_HOME (default ~/.cache) under a name that changes with the module's files and with the Go version. Two
-builds at once wait for each other, and a program is in its place whole or not at all.
+builds at once wait for each other, and a peer is in its place whole or not at all.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
 from pathlib import Path
@@ -47,7 +49,7 @@ def peers() -> list[str]:
 
 
 def cached(peer: str, go: Go) -> Path:
-    """Say where the program of a peer is, or will be once it is built."""
+    """Say where the program of a peer, or the folder of its programs, is or will be once it is built."""
     digest = hashlib.sha256(go.version.encode())
     for path in sorted((MODULES / peer).iterdir()):
         content = path.read_bytes()
@@ -73,47 +75,68 @@ def find_go(peer: str) -> Go | str:
 
 
 def build(peer: str) -> Path:
-    """Answer the program of a peer, building it if the cache does not have it; raises PeerError."""
+    """Answer the program of a peer, or the folder of its programs; builds what the cache lacks, raises PeerError."""
     go = find_go(peer)
     if isinstance(go, str):
         raise PeerError(go)
-    program = cached(peer, go)
-    if not program.exists():
-        with _lock(program.parent):
-            if not program.exists():  # who had the lock before may have built it
-                _build(peer, go, program)
-    return program
+    place = cached(peer, go)
+    if not place.exists():
+        with _lock(place.parent):
+            if not place.exists():  # who had the lock before may have built it
+                _build(peer, go, place)
+    return place
 
 
-def _build(peer: str, go: Go, program: Path) -> None:
-    draft = program.with_suffix(f".{os.getpid()}")
-    command = [str(go.program), "build", "-v", "-trimpath", "-ldflags=-s -w", "-o", str(draft), "."]
+def programs(peer: str) -> list[Path]:
+    """Answer every program of a peer, as `build` does."""
+    place = build(peer)
+    return sorted(place.iterdir()) if place.is_dir() else [place]
+
+
+def _build(peer: str, go: Go, place: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="draft-", dir=place.parent) as draft:
+        _run_go(peer, go, Path(draft) / peer)
+        (Path(draft) / peer).rename(place)
+    _say(f"{peer} is in {place}")
+
+
+def _run_go(peer: str, go: Go, output: Path) -> None:
+    packages = _imports(MODULES / peer / "tools.go")
+    # Of several programs Go makes a folder, if the name ends with a slash.
+    target, sources = (f"{output}/", packages) if packages else (str(output), ["."])
+    flags = f"-ldflags=-s -w {_linker_flags(MODULES / peer / 'ldflags')}".rstrip()
+    command = [str(go.program), "build", "-v", "-trimpath", flags, "-o", target, *sources]
     environment = {**_go_environment(), "CGO_ENABLED": "0"}
     started = said = time.monotonic()
     _say(f"building {peer} with {go.version}; with cold caches this takes minutes")
     last: deque[str] = deque(maxlen=LAST_LINES)
-    try:
-        with subprocess.Popen(
-            command,
-            cwd=MODULES / peer,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        ) as process:
-            assert process.stdout is not None
-            for lines, line in enumerate(process.stdout, start=1):
-                last.append(line)
-                if (now := time.monotonic()) >= said + PROGRESS_SECONDS:
-                    said = now
-                    _say(f"{peer}: {lines} modules and packages, {now - started:.0f} s; {line.strip()}")
-        if process.returncode:
-            raise PeerError(f"{' '.join(command)} ended with {process.returncode}:\n{''.join(last)}")
-        draft.rename(program)
-    finally:
-        draft.unlink(missing_ok=True)
-    _say(f"{peer} is built in {time.monotonic() - started:.0f} s: {program}")
+    with subprocess.Popen(
+        command,
+        cwd=MODULES / peer,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        for lines, line in enumerate(process.stdout, start=1):
+            last.append(line)
+            if (now := time.monotonic()) >= said + PROGRESS_SECONDS:
+                said = now
+                _say(f"{peer}: {lines} modules and packages, {now - started:.0f} s; {line.strip()}")
+    if process.returncode:
+        raise PeerError(f"{' '.join(command)} ended with {process.returncode}:\n{''.join(last)}")
+    _say(f"{peer}: Go took {time.monotonic() - started:.0f} s")
+
+
+def _imports(tools: Path) -> list[str]:
+    """List the packages that tools.go pins by importing them; none where there is no such file."""
+    return re.findall(r'^\s*_ "(.+)"$', tools.read_text(encoding="utf-8"), re.MULTILINE) if tools.exists() else []
+
+
+def _linker_flags(file: Path) -> str:
+    return file.read_text(encoding="utf-8").strip() if file.exists() else ""
 
 
 @contextlib.contextmanager
@@ -156,7 +179,7 @@ def main(words: list[str]) -> int:
         return 2
     try:
         for peer in words:
-            print(build(peer))
+            print(*programs(peer), sep="\n")
     except PeerError as error:
         _say(str(error))
         return 1
