@@ -3,7 +3,8 @@
 LbHopError
 ├── ConfigError    the environment or the VIP file is wrong: every problem at once, exit code 2
 ├── KernelError    compiling, loading or attaching failed: exit code 1
-└── WireError      bytes from the kernel are not what the layout says: counted, never fatal
+├── WireError      bytes from the kernel are not what the layout says: counted, never fatal
+└── ClusterError   a request to the API server failed (cluster/failure.py): told on /readyz, tried again
 """
 
 from __future__ import annotations

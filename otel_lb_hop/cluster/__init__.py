@@ -1,1 +1,1 @@
-"""The only room that knows where the topology comes from: the VIP file (and, later, the API server)."""
+"""The only room that knows where the topology comes from: the API server and the VIP file."""

@@ -297,6 +297,7 @@ class _Reflector:
             raise ClusterError("the watch stopped in the middle of a line", Cause.BROKEN)
         if seconds < self._timing.lasting:
             raise ClusterError(f"the server ended the watch after {seconds:.1f} s", Cause.BROKEN)
+        self._reflection.end_watch()
         self._publish(current=True)
 
     def _publish(self, *, current: bool = False, well: bool = False) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, Timeout
-from urllib3.exceptions import HTTPError, NameResolutionError, ReadTimeoutError, SSLError
+from urllib3.exceptions import ConnectTimeoutError, HTTPError, NameResolutionError, ReadTimeoutError, SSLError
 
 from otel_lb_hop import __version__
 from otel_lb_hop.cluster.failure import Cause, ClusterError
@@ -146,7 +146,10 @@ class Connection:
 
         class Tracked(pool.ConnectionCls):  # type: ignore[name-defined,misc]
             def connect(self) -> None:
-                super().connect()
+                try:
+                    super().connect()
+                except TimeoutError:  # else it would pass for an answer that does not come
+                    raise ConnectTimeoutError(f"no TLS handshake in {CONNECT_SECONDS:g} s") from None
                 track._socket = self.sock
 
         return type("TrackedPool", (pool,), {"ConnectionCls": Tracked})

@@ -72,6 +72,8 @@ class Reflection:
         self._changes: list[Change] = []
         self._version = ""
         self._watching = False
+        self._heard = False
+        self._has_bookmarks = False
         self._wish = _List.ANY
         self._continue = ""
         self._page_empty = True
@@ -85,6 +87,7 @@ class Reflection:
     def request(self, fraction: float) -> Request:
         """Tell what to ask next; `fraction` is random in [0, 1)."""
         if self._watching:
+            self._heard = False
             query = {
                 "watch": "1",
                 "resourceVersion": self._version,
@@ -148,6 +151,18 @@ class Reflection:
             if key is not None:
                 self._put(key, None if kind == "DELETED" else value)
         self._version = version
+        self._heard = True
+        self._has_bookmarks |= kind == "BOOKMARK"
+
+    def end_watch(self) -> None:
+        """Take note that a watch lasted as long as it was asked to.
+
+        A server that sends bookmarks sends one shortly before the end (apiserver, cacher/cache_watcher.go). If it sent
+        nothing, it has never heard of our version, as after a backup of etcd was restored, and waits until it comes to
+        it; a LIST finds out.
+        """
+        if self._has_bookmarks and not self._heard:
+            self._watching = False
 
     def fail(self, cause: Cause) -> None:
         """Take note that the request failed; what was held stays held."""

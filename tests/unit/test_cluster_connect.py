@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
+from otel_lb_hop.cluster import connect as module
 from otel_lb_hop.cluster.connect import connector
 from otel_lb_hop.cluster.failure import Cause, ClusterError
 from otel_lb_hop.config import ApiConfig
@@ -161,6 +163,17 @@ def test_unknown_name(api: FakeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert error.cause is Cause.UNREACHABLE
     assert str(error) == "the name of http://api.invalid cannot be resolved; does DNS work here?"
     assert not api.asked
+
+
+def test_no_handshake(tls_api: FakeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who accepts and does not begin with TLS is not there, which is something else than slow."""
+    connect = pod(tls_api, tmp_path / "account")
+    monkeypatch.setattr(module, "CONNECT_SECONDS", 0.2)
+    tls_api.stop()
+    with socket.create_server(("127.0.0.1", tls_api.port)):
+        error = failure(lambda: get(connect()))
+    assert error.cause is Cause.UNREACHABLE
+    assert str(error) == f"{tls_api.url} cannot be reached: no TLS handshake in 0.2 s"
 
 
 def test_dropped_before_the_answer(api: FakeApi, tmp_path: Path) -> None:

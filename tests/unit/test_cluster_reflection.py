@@ -253,6 +253,26 @@ def test_lost_watch_goes_on() -> None:
         assert asked(reflection)["resourceVersion"] == "100"
 
 
+def test_a_watch_in_which_nothing_was_heard() -> None:
+    """Where bookmarks come, a whole watch without a word means a server that does not know our version: it is asked."""
+    reflection = watching()
+    asked(reflection)
+    reflection.end_watch()
+    assert asked(reflection)["watch"] == "1"  # this one may send no bookmarks at all
+    lines(reflection, bookmark(101))
+    reflection.end_watch()
+    assert asked(reflection)["resourceVersion"] == "101"
+    reflection.end_watch()
+    assert asked(reflection) == {"resourceVersion": "101", "resourceVersionMatch": "NotOlderThan"}
+    reflection.fail(Cause.AHEAD)
+    assert asked(reflection) == {"limit": "500"}
+    assert page(reflection, 7, raw_node("a", 5)) == [change("a", node("a"))]
+    assert asked(reflection)["resourceVersion"] == "7"
+    lines(reflection, event("MODIFIED", raw_node("a", 8, "z2")))
+    reflection.end_watch()
+    assert asked(reflection)["resourceVersion"] == "8"
+
+
 @pytest.mark.parametrize("cause", [Cause.EXPIRED, Cause.GARBLED])
 def test_relist(cause: Cause) -> None:
     """After a loss the list may not be older than what was seen: another API server may lag behind."""
