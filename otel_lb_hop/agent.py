@@ -58,6 +58,8 @@ log = logging.getLogger(__name__)
 TICK_SECONDS = 0.25
 SWEEP_TICKS = 8
 """The handshake table is swept in this many parts, one a tick: each slot is looked at every two seconds."""
+TOPOLOGY_SECONDS = 1.0
+"""Without news: what lingers is forgotten, what was refused is tried again, what is waited for is given up."""
 REPORT_SECONDS = 1.0
 NEWS_SECONDS = 0.02
 """After news the loop waits for more of it: a thousand changes a second are then fifty turns, not a thousand."""
@@ -66,7 +68,7 @@ SKIPPED_SHOWN = 50
 INTERFACES_SECONDS = 30.0
 DRAIN_RECORDS = 2_048
 """At most so many at a time, so that nothing else waits long in a burst."""
-SHUTDOWN_SECONDS = 4.0
+SHUTDOWN_SECONDS = 3.5
 METRICS_RESERVE_SECONDS = 1.0
 SETTLED_NS = 10 * 10**9
 """Out of use for so long, a VIP port has no handshake open any more."""
@@ -95,7 +97,7 @@ class Agent:
         self._abandoned = 0
         self._due: dict[str, float] = {}
         self._failed: set[str] = set()
-        self._news = False
+        self._unfinished = False
         self._needs = (0, 0)
         self._unwritten: str | None = None
         self._write_again = 0.0
@@ -200,7 +202,7 @@ class Agent:
         wait_seconds = 0.0
         while not self._stop.wait(wait_seconds):
             more = self._tick(time.monotonic())
-            if self._news:
+            if self._stop.woken:
                 time.sleep(NEWS_SECONDS)
             wait_seconds = 0.0 if more else TICK_SECONDS
         self._shut_down()
@@ -210,7 +212,9 @@ class Agent:
         more = bool(self._attempt("records", self._drain))
         if self._is_due("sweep", now, TICK_SECONDS):
             self._attempt("sweep", self._sweep)
-        more |= bool(self._attempt("topology", self._follow_cluster))
+        if self._stop.woken or self._unfinished or self._is_due("topology", now, TOPOLOGY_SECONDS):
+            self._unfinished = bool(self._attempt("topology", self._follow_cluster))
+            more |= self._unfinished
         if self._is_due("report", now, REPORT_SECONDS):
             self._attempt("report", self._report)
         needs = self._topology.datagram_needs
@@ -238,7 +242,7 @@ class Agent:
             return None
         if part in self._failed:
             self._failed.discard(part)
-            if part in {"records", "sweep", "counters"}:  # the others report on themselves
+            if part in {"records", "sweep", "counters", "report"}:  # the others report on themselves
                 self._health.report(part, healthy=True, vital=False)
         return done
 
@@ -340,8 +344,7 @@ class Agent:
         now_ns = time.time_ns()
         more = self._feed.update(self._topology, now_ns)
         self._topology.forget_endpoints(now_ns - LINGER_NS)
-        self._news = bool(self._topology.tables.pending) and time.monotonic() >= self._write_again
-        if self._news:
+        if self._topology.tables.pending and time.monotonic() >= self._write_again:
             try:
                 self._tables.apply(self._topology.tables)
                 self._unwritten = None
@@ -366,6 +369,8 @@ class Agent:
         if size != self._size:
             self._size = size
             log.info("topology: %d VIP ports, %d skipped", *size)
+        if "topology" in self._failed:
+            return  # as the loop has told
         trouble = self._unwritten if self._feed.begun else "no source has told its VIP ports yet"
         if trouble:
             log.error("topology: %s", trouble)
@@ -450,6 +455,7 @@ class Agent:
 
     def _shut_down(self) -> None:
         deadline = time.monotonic() + SHUTDOWN_SECONDS
+        self._feed.close()
         self._hooks.close()
         if self._conntrack:
             self._conntrack.close()
@@ -472,6 +478,5 @@ class Agent:
         self._monitor.close()
         self._netlink.close()
         self._ring.close()
-        self._feed.close()
         if self._local_api:
             self._local_api.close()

@@ -25,7 +25,16 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 from otel_lb_hop import __version__, semconv
 from otel_lb_hop.core.hops import ORIGIN_OF
-from otel_lb_hop.core.layout import BOUNDS_NS, OUTCOME_OF, Event, Histogram, HopStats, OriginCode, Unforwarded
+from otel_lb_hop.core.layout import (
+    BOUNDS_NS,
+    OUTCOME_OF,
+    Event,
+    Histogram,
+    HopStats,
+    OriginCode,
+    Unforwarded,
+    VipStats,
+)
 from otel_lb_hop.export.attributes import Attributes, hop_attributes, vip_attributes
 from otel_lb_hop.model import Failure, Hop, Outcome, Transport
 
@@ -34,12 +43,13 @@ if TYPE_CHECKING:
 
     from opentelemetry.sdk.resources import Resource
 
-    from otel_lb_hop.core.layout import VipStats
     from otel_lb_hop.core.topology import Topology
 
 BOUNDS_S = tuple(bound / 1e9 for bound in BOUNDS_NS)
 _CUMULATIVE = AggregationTemporality.CUMULATIVE
 NO_HISTOGRAM = Histogram(0, (0,) * (len(BOUNDS_NS) + 1))
+NO_CONNECTION = VipStats((0, 0), ((0,) * len(Unforwarded),) * 2, 0)
+NO_HOP = HopStats((0, 0), 0, 0, 0, 0, 0, NO_HISTOGRAM, NO_HISTOGRAM)
 
 RECORD_DROPS = {
     Event.RECORD_RATIO: "ratio",
@@ -140,6 +150,7 @@ class MetricsBuilder:
         self._scope = InstrumentationScope(semconv.SCOPE_NAME, __version__, semconv.SCHEMA_URL)
         self._vip_attributes: dict[int, Attributes] = {}
         self._carry: dict[tuple[int, Hop], _Sum] = {}
+        self._used: set[int] = set()
 
     def carry_over(self, vip_id: int, hop: Hop, last: HopStats) -> None:
         """Keep what a row had counted that is about to be forgotten."""
@@ -150,8 +161,14 @@ class MetricsBuilder:
     ) -> MetricsData:
         """Make one export."""
         self._forget_gone()
+        # A cluster has thousands of VIP ports that never take a connection on this node: of them only the endpoints.
+        rows = self._topology.hops.by_id
+        self._used |= {vip_id for vip_id, stats in vips.items() if stats != NO_CONNECTION}
+        self._used |= {rows[hop_id].vip_id for hop_id, stats in hops.items() if stats != NO_HOP}
+        used_vips = {vip_id: stats for vip_id, stats in vips.items() if vip_id in self._used}
+        used_hops = {hop_id: stats for hop_id, stats in hops.items() if rows[hop_id].vip_id in self._used}
         metrics = [
-            *self._traffic(vips, hops, now_ns),
+            *self._traffic(used_vips, used_hops, now_ns),
             *self._topology_gauges(now_ns),
             *self._self_metrics(report, now_ns),
         ]
@@ -169,6 +186,7 @@ class MetricsBuilder:
     def _forget_gone(self) -> None:
         known = self._topology.vips.by_id
         self._carry = {key: value for key, value in self._carry.items() if key[0] in known}
+        self._used &= known.keys()
         self._vip_attributes = {
             vip_id: self._vip_attributes.get(vip_id) or vip_attributes(row, self._node_name)
             for vip_id, row in known.items()

@@ -16,6 +16,10 @@ from otel_lb_hop.errors import ConfigError, Problem
 if TYPE_CHECKING:
     from otel_lb_hop.config import SignalConfig
 
+POINTS_PER_MESSAGE = 1_000
+"""A point takes some 400 bytes, a Collector's gRPC server 4 MiB a message: 5,000 Services are more than that. And the
+encoder needs many times the memory of what it encodes."""
+
 _OTLP_ENTRY_POINT = {"grpc": "otlp_proto_grpc", "http/protobuf": "otlp_proto_http"}
 
 
@@ -54,10 +58,15 @@ def make_exporters(signal: str, config: SignalConfig) -> list[Any]:
         if wanted not in available:
             raise ConfigError([Problem(variable, name, f"otlp, none, or one of {', '.join(sorted(available))}")])
         try:
-            factory = available[wanted].load()
-            exporters.append(factory(out=_STDOUT) if name == "console" else factory())
+            exporters.append(available[wanted].load()(**_options(signal, name)))
         except Exception as error:
             # Whatever a plugin's constructor raises is about its settings, and the operator has to read it.
             problem = Problem(variable, name, f"an exporter that starts with its OTEL_EXPORTER_* settings: {error}")
             raise ConfigError([problem]) from error
     return exporters
+
+
+def _options(signal: str, name: str) -> dict[str, Any]:
+    if name == "console":
+        return {"out": _STDOUT}
+    return {"max_export_batch_size": POINTS_PER_MESSAGE} if (signal, name) == ("metrics", "otlp") else {}

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import errno
 import sys
+import time
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from otel_lb_hop.core.layout import MAX_UPLINKS, UPLINKS, VIP_VALUE, Event, sum_cpus, unpack_hop_stats, unpack_vip_stats
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from otel_lb_hop.core.layout import HopStats, Settings, VipStats
     from otel_lb_hop.core.topology import Rows, Tables
+    from otel_lb_hop.kernel.bpf import Map
     from otel_lb_hop.kernel.loader import Loaded
 
 _Key = TypeVar("_Key")
+_Stats = TypeVar("_Stats", bound=tuple[object, ...])
+
+REFILL_SECONDS = (0.001, 0.004, 0.016)
+"""The kernel takes the memory of rows from a reserve that it fills again a moment later (mm/percpu.c): thousands of new
+rows at once find it empty now and then."""
 
 
 class Snapshot(NamedTuple):
@@ -141,13 +148,9 @@ class KernelTables:
         A connection is counted when it comes in and again when it is forwarded: read the other way round, no row
         ever tells more connections forwarded than came in.
         """
-        hops = {number: self._loaded.hop_stats.get(_id(number)) for number in self._hop_ids}
-        vips = {number: self._loaded.vip_stats.get(_id(number)) for number in self._vip_ids}
-        return Snapshot(
-            {number: unpack_vip_stats(raw) for number, raw in vips.items() if raw is not None},
-            {number: unpack_hop_stats(raw) for number, raw in hops.items() if raw is not None},
-            self.events(),
-        )
+        hops = _read(self._loaded.hop_stats, self._hop_ids, unpack_hop_stats)
+        vips = _read(self._loaded.vip_stats, self._vip_ids, unpack_vip_stats)
+        return Snapshot(vips, hops, self.events())
 
     def events(self) -> tuple[int, ...]:
         """Read the event counters."""
@@ -158,12 +161,40 @@ class KernelTables:
         return tuple(counters)
 
 
+def _read(table: Map, numbers: Iterable[int], unpack: Callable[[bytes], _Stats]) -> dict[int, _Stats]:
+    """Read rows. Those that have counted nothing, in a large cluster almost all, share one value."""
+    rows: dict[int, _Stats] = {}
+    idle: _Stats | None = None
+    for number in numbers:
+        raw = table.get(_id(number))
+        if raw is None:
+            continue
+        if raw == bytes(len(raw)):
+            rows[number] = idle = idle or unpack(raw)
+        else:
+            rows[number] = unpack(raw)
+    return rows
+
+
 def _do_each(keys: set[_Key], work: Callable[[_Key], None], errors: list[OSError]) -> None:
     """Do the work for each key and take it off the set; where the kernel refuses, it stays."""
     for key in list(keys):
         try:
-            work(key)
+            # Once something was refused for good, nothing else waits.
+            _insist(work, key, () if errors else REFILL_SECONDS)
         except OSError as error:
             errors.append(error)
         else:
             keys.discard(key)
+
+
+def _insist(work: Callable[[_Key], None], key: _Key, waits: tuple[float, ...]) -> None:
+    """Do the work, again after each wait while the kernel has no memory for it just now."""
+    for seconds in waits:
+        try:
+            return work(key)
+        except OSError as error:
+            if error.errno != errno.ENOMEM:
+                raise
+        time.sleep(seconds)
+    return work(key)

@@ -15,6 +15,8 @@ class Stop:
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._told = False
+        self.woken = False
+        """Whether the last wait was ended by news."""
 
     def set(self) -> None:
         """Tell it."""
@@ -26,9 +28,12 @@ class Stop:
 
     def wait(self, seconds: float) -> bool:
         """Wait until it is told or woken, at most so long; answers whether it was told."""
+        self.woken = False
         try:
-            self._told |= self._queue.get(timeout=0 if self._told else max(seconds, 0))
+            stop = self._queue.get(timeout=0 if self._told else max(seconds, 0))
             while True:
-                self._told |= self._queue.get_nowait()
+                self._told |= stop
+                self.woken |= not stop
+                stop = self._queue.get_nowait()
         except queue.Empty:
             return self._told

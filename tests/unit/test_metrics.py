@@ -158,8 +158,17 @@ def test_connections(web: Exporter) -> None:
 
 
 def test_zeros(web: Exporter) -> None:
-    """A zero stands only where it says something: external ways to known backends, and retransmissions."""
-    metrics = web.build({1: vip_stats()}, {number: hop_stats() for number in (1, 2, 3, 4)})
+    """A zero stands only where it says something: external ways to known backends, and retransmissions.
+
+    Of a VIP port that never took a connection on this node only the endpoints are told; of one that did, all for ever.
+    """
+    nothing = {number: hop_stats() for number in (1, 2, 3, 4)}
+    traffic = {"lb_hop.connections", "lb_hop.connections.pending", "lb_hop.syn.retransmits"}
+    metrics = web.build({1: vip_stats()}, nothing)
+    assert not metrics.keys() & traffic
+    assert len(metrics["lb_hop.endpoints"].data.data_points) == 3
+    web.build({1: vip_stats(external=(1,))}, nothing)
+    metrics = web.build({1: vip_stats()}, nothing)
     assert [
         (each["lb_hop.origin"], each["destination.k8s.node.name"], value)
         for each, value in beyond(metrics["lb_hop.connections"])

@@ -25,8 +25,10 @@ def test_woken() -> None:
     started = time.monotonic()
     assert not stop.wait(10)
     assert time.monotonic() - started < 5
+    assert stop.woken
     started = time.monotonic()
     assert not stop.wait(0.05)
+    assert not stop.woken
     assert time.monotonic() - started >= 0.05
     stop.wake()
     stop.set()

@@ -29,6 +29,7 @@ class Map:
     def __init__(self, name: str, journal: list[str], value_size: int) -> None:
         self.entries: dict[bytes, bytes] = {}
         self.limit = ROOM
+        self.puts_without_memory = 0
         self.refuses_deletes = False
         self._name = name
         self._journal = journal
@@ -42,6 +43,9 @@ class Map:
         """Write one value, as kernel/bpf/hashtab.c: a key that is there can be written in a full map too."""
         if key not in self.entries and len(self.entries) >= self.limit:
             raise OSError(errno.E2BIG, "Argument list too long")
+        if self.puts_without_memory:
+            self.puts_without_memory -= 1
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
         self._journal.append(f"{self._name} put")
         self.entries[key] = value.ljust(self._value_size, b"\0")
 
@@ -197,6 +201,28 @@ def test_a_full_map_keeps_what_found_no_room_pending(
     assert kernel.rows == ({1, 4}, {1, 2, 3, 4, 5})
 
 
+def test_memory_that_the_kernel_lacks_for_a_moment_is_waited_for() -> None:
+    """Its reserve for rows is filled again within milliseconds: the turn that finds it empty still writes them all."""
+    kernel = Kernel()
+    kernel.hop_stats.puts_without_memory = 2
+    kernel.take(cluster(vip_port(LOCAL, REMOTE)))
+    assert kernel.holds == kernel.wanted
+    assert not kernel.topology.tables.pending
+
+
+def test_memory_that_does_not_come_is_waited_for_once() -> None:
+    """Four tries for the first row, one for each of the two others; all of it stays pending."""
+    kernel = Kernel()
+    kernel.hop_stats.puts_without_memory = ROOM
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        kernel.take(cluster(vip_port(LOCAL, REMOTE)))
+    assert kernel.hop_stats.puts_without_memory == ROOM - 6
+    assert len(kernel.topology.tables.pending.hop_ids) == 3
+    kernel.hop_stats.puts_without_memory = 0
+    kernel.write()
+    assert kernel.holds == kernel.wanted
+
+
 def test_what_goes_makes_room_for_the_next_time() -> None:
     """In a full map a VIP port finds no room before another has gone."""
     kernel = Kernel(vip_ports=1)
@@ -280,6 +306,17 @@ def test_snapshot_leaves_out_what_the_kernel_lost() -> None:
     kernel.vip_stats.entries.clear()
     snapshot = kernel.tables.snapshot()
     assert (snapshot.vips, list(snapshot.hops.values())) == ({}, [hop_stats()])
+
+
+def test_idle_rows_of_a_snapshot_share_one_value() -> None:
+    """In a large cluster almost all are idle; a row that has counted keeps its own."""
+    kernel = Kernel()
+    kernel.take(cluster(vip_port(LOCAL, REMOTE)))
+    busy = next(iter(kernel.hop_stats.entries))
+    kernel.hop_stats.entries[busy] = struct.pack(f"={HOP_STATS_WORDS}Q", 7, *[0] * (HOP_STATS_WORDS - 1))
+    hops = kernel.tables.snapshot().hops
+    assert sorted(stats.forwarded for stats in hops.values()) == [(0, 0), (0, 0), (7, 0)]
+    assert len({id(stats) for stats in hops.values()}) == 2
 
 
 def test_usage() -> None:
