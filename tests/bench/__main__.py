@@ -30,7 +30,20 @@ from otel_lb_hop.core.topology import Topology
 from otel_lb_hop.kernel import bpf, loader
 from otel_lb_hop.kernel.tables import KernelTables
 from otel_lb_hop.model import Backend, Cluster, Policy, Transport, VipPort, pack_address
-from tests.bench.measure import RunTime, bpf_stats, cpu_seconds, empty_program, rss_mib, run_time, run_times
+from tests.bench.cluster import cluster_costs
+from tests.bench.datagrams import datagram_costs
+from tests.bench.measure import (
+    QUIET,
+    SENDING,
+    Row,
+    RunTime,
+    bpf_stats,
+    cpu_seconds,
+    empty_program,
+    rss_mib,
+    run_time,
+    run_times,
+)
 from tests.lab import Lab
 from tests.lab.agent import Agent
 
@@ -41,18 +54,6 @@ VIP, PORT = "10.0.10.9", 80
 TRAFFIC_CPU, AGENT_CPU = "0", "1"
 OBSERVED_SECONDS = 4.0
 CONNECTIONS_A_TURN = 50
-QUIET = {"OTEL_METRICS_EXPORTER": "none", "OTEL_LOGS_EXPORTER": "none", "OTEL_TRACES_EXPORTER": "none"}
-SENDING = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://172.30.0.1:4317"}
-
-
-class Row(NamedTuple):
-    """One line of the bench."""
-
-    what: str
-    figure: float
-    unit: str
-    aim: str
-    good: bool
 
 
 class Path3(NamedTuple):
@@ -151,13 +152,13 @@ def program_time(path: Path3) -> Iterator[Row]:
     with agents(path, SENDING), bpf_stats():
         ours = _path_time(path, lambda: {name: run_times()[name] for name in ("lbh_ingress", "lbh_egress")})
     for name, time_used in (idle | ours).items():
-        yield Row(f"  {name}: time a run", time_used.ns / time_used.runs, "ns", "", good=True)
+        yield Row(f"  {name}: time a run", time_used.ns / time_used.runs, "ns")
     over = sum(each.ns for each in ours.values()) - sum(each.ns for each in idle.values())
     yield Row(
         "program time per connection and node, all hooks, over empty ones", over / 1000, "us", "<= 0.7", over <= 700
     )
     runs = sum(each.runs for each in ours.values())
-    yield Row("  runs per connection and node", runs, "", "", good=True)
+    yield Row("  runs per connection and node", runs)
 
 
 def _attach_everywhere(program: int) -> list[int]:
@@ -232,7 +233,7 @@ def packet_costs() -> Iterator[Row]:
     ingress, egress = loaded.programs["lbh_ingress"], loaded.programs["lbh_egress"]
     data = _segment(PORT, 7, 0x18)
     base = _fastest(empty_program(), data)
-    yield Row("empty program", base, "ns", "", good=True)
+    yield Row("empty program", base, "ns")
     for name, fd, packet, aim in (
         ("data segment in", ingress, data, 15),
         ("data segment out", egress, data, 15),
@@ -241,7 +242,7 @@ def packet_costs() -> Iterator[Row]:
     ):
         extra = _fastest(fd, packet) - base
         yield Row(f"{name}, over the empty one", extra, "ns", f"<= {aim}" if aim else "", not aim or extra <= aim)
-    yield Row("compile and load", loaded.compile_seconds, "s", "", good=True)
+    yield Row("compile and load", loaded.compile_seconds, "s")
 
 
 def _fastest(fd: int, packet: bytes) -> float:
@@ -274,6 +275,8 @@ def main() -> None:
             for measurement in (packet_costs(), one_agent(path), program_time(path)):
                 rows += list(_told(console, measurement))
         rows += list(_told(console, connection_rate(folder, arguments.turns)))
+    rows += list(_told(console, cluster_costs()))
+    rows += list(_told(console, datagram_costs()))  # last: it puts this process on one CPU
     if arguments.json:
         print(json.dumps([row._asdict() for row in rows], indent=2))
         return

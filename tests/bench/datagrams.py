@@ -6,7 +6,7 @@ import os
 import statistics
 import time
 from contextlib import closing
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from otel_lb_hop.core.layout import Settings
 from otel_lb_hop.core.topology import Topology
@@ -16,7 +16,7 @@ from otel_lb_hop.kernel.hooks import Hooks
 from otel_lb_hop.kernel.netlink import Netlink
 from otel_lb_hop.kernel.tables import KernelTables
 from otel_lb_hop.model import Cluster, Transport
-from tests.bench.measure import bpf_stats, run_time
+from tests.bench.measure import Row, bpf_stats, run_time
 from tests.kernel.crossing import CLIENT4, POD4, TARGET, TRANSLATED, VIP4, Crossing
 from tests.kernel.packets import End
 from tests.kernel.rig import vip_port
@@ -29,15 +29,7 @@ TURNS = 9
 WITHOUT_ENDPOINTS, NO_VIP_PORT = 57, 99
 
 
-class Figure(NamedTuple):
-    """One figure of the bench."""
-
-    what: str
-    figure: float
-    unit: str
-
-
-def datagram_costs() -> Iterator[Figure]:
+def datagram_costs() -> Iterator[Row]:
     """Measure real flows from a client through a node's NAT to a pod."""
     loaded = loader.load()
     tables, topology = KernelTables(loaded), Topology("node1")
@@ -54,7 +46,7 @@ def datagram_costs() -> Iterator[Figure]:
         flows = _Flows(crossing)
         with closing(flows.heard(program)), bpf_stats():
             for what, port in (("to a VIP port", TRANSLATED), ("of others", NO_VIP_PORT)):
-                yield Figure(f"lbh_conntrack, a UDP flow {what}", flows.program_ns(program, port), "ns")
+                yield Row(f"lbh_conntrack, a UDP flow {what}", flows.program_ns(program, port), "ns")
         with crossing.entered(), closing(Netlink()) as netlink, closing(Hooks(loaded.programs, netlink)) as hooks:
             hooks.reconcile(netlink.links(), datagrams=True)
             program = loaded.programs["lbh_datagram"]
@@ -64,14 +56,14 @@ def datagram_costs() -> Iterator[Figure]:
                     ("the next", WITHOUT_ENDPOINTS),
                     ("of others", NO_VIP_PORT),
                 ):
-                    yield Figure(f"lbh_datagram, a datagram, {what}", flows.program_ns(program, port), "ns")
+                    yield Row(f"lbh_datagram, a datagram, {what}", flows.program_ns(program, port), "ns")
         with_it, without = [], []
         for _ in range(TURNS):
             without.append(flows.send(TRANSLATED))
             with closing(flows.heard(loaded.programs["lbh_conntrack"])):
                 with_it.append(flows.send(TRANSLATED))
     ratio = statistics.median(a / b for a, b in zip(without, with_it, strict=True))
-    yield Figure("rate of UDP flows with conntrack heard / without", ratio, "")
+    yield Row("rate of UDP flows with conntrack heard / without", ratio)
 
 
 class _Flows:

@@ -1,4 +1,4 @@
-"""How the bench measures: run times of BPF programs, memory and CPU of processes, medians."""
+"""How the bench measures: run times of BPF programs, memory and CPU of processes; and what a row is."""
 
 from __future__ import annotations
 
@@ -22,6 +22,20 @@ _ENABLE_STATS = 32
 _SCHED_CLS = 3
 _NAME_OFFSET = 64
 _RUN_TIME_OFFSET = 192
+
+
+QUIET = {"OTEL_METRICS_EXPORTER": "none", "OTEL_LOGS_EXPORTER": "none", "OTEL_TRACES_EXPORTER": "none"}
+SENDING = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://172.30.0.1:4317"}
+
+
+class Row(NamedTuple):
+    """One line of the bench."""
+
+    what: str
+    figure: float
+    unit: str = ""
+    aim: str = ""
+    good: bool = True
 
 
 class RunTime(NamedTuple):
@@ -88,6 +102,12 @@ def rss_mib(pid: int) -> float:
     """Resident memory of a process."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def peak_rss_mib(pid: int) -> float:
+    """Most resident memory that a process ever had."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")) / 1024
 
 
 def cpu_seconds(pid: int) -> float:

@@ -7,14 +7,16 @@ import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
 from otel_lb_hop import semconv
 from otel_lb_hop.model import Hop, Origin
-from tests.demo import report, scenario, show
+from tests.cluster.api import ApiError
+from tests.demo import dataplane, report, scenario, show
 from tests.demo.agents import AgentError, Agents
 from tests.demo.sink import Sink, listen
 from tests.lab import Lab, LabError
@@ -44,12 +46,14 @@ def main() -> int:
         return EXIT_UNABLE
     # As after Ctrl-C, the lab goes down.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_UNABLE))
-    began = time.monotonic()
     try:
-        sink, truth = _run(console)
+        reason = dataplane.make_peers()
+        began = time.monotonic()
+        sink, truth = _run(console, reason)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except (AgentError, LabError, TimeoutError) as error:
+    # Of the control plane, what ends by itself or does not come is an AssertionError.
+    except (AgentError, ApiError, AssertionError, LabError, TimeoutError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return EXIT_UNABLE
     points, records = sink.points(), sink.records()
@@ -75,18 +79,30 @@ def _lacking() -> str | None:
     return lacking()
 
 
-def _run(console: Console) -> tuple[Sink, Truth]:
-    """Do everything that needs the lab; when it returns the lab is gone and all has arrived."""
+def _run(console: Console, no_cluster: str | None) -> tuple[Sink, Truth]:
+    """Do everything that needs the lab; when it returns the lab is gone and all has arrived.
+
+    An API server and kube-proxies serve the VIPs; if they cannot be had (`no_cluster` says why), the lab does.
+    """
     sink = Sink()
-    with Lab(nodes=scenario.NODES) as lab:
-        with _step(console, "Lab: a client, an ECMP router, 3 nodes in 3 zones with kube-proxy's NAT, 5 Services"):
+    if no_cluster:
+        console.print(f"[yellow]No API server and no kube-proxy:[/] {escape(no_cluster)}", soft_wrap=True)
+    with Lab(nodes=scenario.NODES) as lab, ExitStack() as stack:
+        with _step(console, f"Lab: a client, an ECMP router, {len(lab.nodes)} nodes in as many zones, pods"):
             scenario.prepare(lab)
+        services = f"{len(scenario.SERVICES)} Services"
+        if no_cluster:
+            with _step(console, f"{services}: translated by the lab's own rules, told to the agents by a file"):
+                known = dataplane.serve_by_lab(lab)
+        else:
+            with _step(console, f"An API server, and a kube-proxy (nftables) on every node: {services}"):
+                known = stack.enter_context(dataplane.serve_by_cluster(lab))
         server = lab.mgmt.in_netns(lambda: listen(sink, lab.mgmt.address4))
         try:
-            with Agents(lab) as agents:
-                names = {node.name for node in lab.nodes}
-                with _step(console, "An agent on every node: compiled, attached, exporting by OTLP", len(names)) as at:
-                    _wait(lambda: len(sink.nodes()), len(names), READY_SECONDS, at, agents)
+            with Agents(lab, known) as agents:
+                text = f"An agent on every node: compiled, attached, following {known.source}, exporting by OTLP"
+                with _step(console, text, len(lab.nodes)) as at:
+                    _wait(lambda: min(agents.ready(), len(sink.nodes())), len(lab.nodes), READY_SECONDS, at, agents)
                 truth = _traffic(console, lab)
                 unanswered = truth.unanswered.total()
                 text = f"Verdicts on the {unanswered:,} without an answer: 5-7 s after each one's first SYN"
@@ -113,7 +129,7 @@ def _run(console: Console) -> tuple[Sink, Truth]:
 
 def _traffic(console: Console, lab: Lab) -> Truth:
     made, lock = 0, threading.Lock()
-    text = f"{scenario.TOTAL:,} connections, IPv4 and IPv6, from the client and from a pod"
+    text = f"{scenario.TOTAL:,} connections, IPv4 and IPv6, TCP and UDP, from the client and from a pod"
     with _step(console, text, scenario.TOTAL) as at:
 
         def add(count: int) -> None:
@@ -170,7 +186,7 @@ def _example(records: list[Record]) -> Record | None:
         semconv.HOP: Hop.REQUIRED.value,
         semconv.ORIGIN: Origin.EXTERNAL.value,
         semconv.NETWORK_TYPE: "ipv4",
-        semconv.K8S_SERVICE_NAME: scenario.WEB,
+        semconv.K8S_SERVICE_NAME: scenario.WEB.name,
     }
     good = [
         record
@@ -196,9 +212,8 @@ def _checks(sink: Sink, truth: Truth) -> list[show.Check]:
     unanswered = show.Check("got no answer", _lost(sink), truth.unanswered.total())
     good = [record.attributes for record in records if record.event_name == semconv.EVENT_FORWARDED]
     clients = {(each[semconv.SERVER_ADDRESS], each[semconv.CLIENT_ADDRESS], each[semconv.CLIENT_PORT]) for each in good}
-    peers = {
-        (each[semconv.SOURCE_ADDRESS], each[semconv.SOURCE_PORT], each.get(semconv.DESTINATION_POD)) for each in good
-    }
+    pod_sees = (semconv.NETWORK_TRANSPORT, semconv.SOURCE_ADDRESS, semconv.SOURCE_PORT, semconv.DESTINATION_POD)
+    peers = {tuple(each.get(name) for name in pod_sees) for each in good}
     spans = {(record.trace_id, record.span_id) for record in records} & sink.spans()
     made = truth.made.total()
     return [

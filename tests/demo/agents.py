@@ -1,9 +1,10 @@
-"""An agent in every node's network namespace, told by its environment alone, as a DaemonSet's would be."""
+"""An agent in every node's network namespace, told by its environment, as a DaemonSet's would be."""
 
 from __future__ import annotations
 
 import subprocess
 import time
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Self
 
 from tests.demo.sink import PORT
@@ -12,6 +13,7 @@ from tests.lab.agent import Agent
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from tests.demo.dataplane import Known
     from tests.lab import Lab
 
 STOP_SECONDS = 6.0
@@ -22,10 +24,11 @@ class AgentError(Exception):
 
 
 class Agents:
-    """Started on entry; on exit told to stop, so that each sends its last counts."""
+    """Started on entry; on exit told to stop, so that each sends its last counts. They know the VIPs by `known`."""
 
-    def __init__(self, lab: Lab) -> None:
+    def __init__(self, lab: Lab, known: Known) -> None:
         self._lab = lab
+        self._known = known
         self._running: list[Agent] = []
 
     def __enter__(self) -> Self:
@@ -35,13 +38,17 @@ class Agents:
             "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{self._lab.mgmt.address4}:{PORT}",
         }
         for node in self._lab.nodes:
-            self._running.append(Agent(node, self._lab.vips_path, settings))
+            self._running.append(Agent(node, self._known.vips, self._known.settings | settings))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+    def ready(self) -> int:
+        """Count those that are ready: they know every VIP port, and count."""
+        return sum(agent.readyz().status == HTTPStatus.OK for agent in self._running)
 
     def check(self) -> None:
         """Raise AgentError if one has ended."""

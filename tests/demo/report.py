@@ -192,9 +192,20 @@ def answers(points: Sequence[Point]) -> list[str]:
     return sentences
 
 
-def serving(points: Iterable[Point]) -> list[str]:
-    """Name the Services that have answered anybody; one that fails everywhere is told by its losses alone."""
-    return sorted({service_of(point) for point in of(points, semconv.METRIC_HANDSHAKE_DURATION) if sum(point.buckets)})
+def serving(points: Sequence[Point]) -> list[str]:
+    """Name the Services that have answered anybody; one that fails everywhere is told by its losses alone.
+
+    Datagrams have no handshake: there, to be forwarded has to do.
+    """
+    answered = {service_of(point) for point in of(points, semconv.METRIC_HANDSHAKE_DURATION) if sum(point.buckets)}
+    datagrams = {
+        service_of(point)
+        for point in of(points, semconv.METRIC_CONNECTIONS)
+        if point.attributes[semconv.NETWORK_TRANSPORT] == "udp"
+        and point.attributes[semconv.OUTCOME] == Outcome.FORWARDED.value
+        and point.value
+    }
+    return sorted(answered | datagrams)
 
 
 def share(part: float, whole: float) -> str:

@@ -18,11 +18,13 @@ BOUNDS = (0.001, 0.002, 0.004)
 def point(metric: str, node: str, value: float = 0, *, service: str = "web", **more: Value) -> Point:
     """Make a point of default/SERVICE; `more` has `_` for the dots of names."""
     policy = "Local" if service == "web-local" else "Cluster"
+    transport = "udp" if service == "dns" else "tcp"
     attributes: dict[str, Value] = {
         "k8s.namespace.name": "default",
         "k8s.service.name": service,
         "k8s.node.name": node,
         "lb_hop.external_traffic_policy": policy,
+        "network.transport": transport,
     }
     return Point(metric, attributes | {NAMES[name]: each for name, each in more.items()}, value)
 
@@ -130,6 +132,15 @@ def test_intake_tells_where_it_came_in_and_where_it_went() -> None:
 def test_delivered_counts_by_backend_node_whatever_the_origin() -> None:
     """Only the Services asked for."""
     assert report.delivered(POINTS, ["default/web"]) == {"node1": 117, "node2": 40, "node3": 50}
+
+
+def test_serving_are_those_that_answered_and_those_whose_datagrams_were_forwarded() -> None:
+    """A Service that only refuses serves nobody; nor does a UDP one that forwards nothing."""
+    lost = point("lb_hop.connections", "node1", 3, service="dns", outcome="no_endpoints", origin="external")
+    never = forwarded("node1", 0, "none", "node1", service="dns")
+    assert report.serving([*POINTS, lost, never]) == ["default/web", "default/web-local"]
+    dns = forwarded("node2", 4, "required", "node1", service="dns")
+    assert report.serving([*POINTS, dns]) == ["default/dns", "default/web", "default/web-local"]
 
 
 def test_losses_name_each_reason_once_and_leave_out_zeros() -> None:
