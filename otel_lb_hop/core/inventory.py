@@ -94,7 +94,12 @@ class Inventory:
         if service is None:
             return ()
         skipped = [Skipped(*key, what, reason) for what, reason in service.skipped]
-        vips = dict.fromkeys(service.vips + (service.external_ips if self._external_ips else ()))
+        vips = dict.fromkeys(service.vips)
+        if self._external_ips:
+            vips |= dict.fromkeys(service.external_ips)
+        else:
+            left_out = [vip for vip in dict.fromkeys(service.external_ips) if vip not in vips]
+            skipped += [Skipped(*key, format_address(vip), "OTEL_LB_HOP_EXTERNAL_IPS is false") for vip in left_out]
         if service.policy not in self._policies:
             skipped += [
                 Skipped(*key, format_address(vip), f"OTEL_LB_HOP_POLICY leaves {service.policy} out") for vip in vips

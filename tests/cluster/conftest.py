@@ -17,15 +17,18 @@ TARGET_PORT = 8080
 
 
 @pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
-    """Build two nodes in two zones with a pod each, which serves TCP and UDP; nothing of it is left afterwards."""
-    with Lab() as built:
+def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
+    """Build nodes, each in a zone, with pods that serve TCP and UDP; nothing of it is left afterwards.
+
+    It has two nodes with a pod each, unless a file gives `lab` other (nodes, pods of each) as its parameter.
+    """
+    with Lab(*getattr(request, "param", ())) as built:
         for pod in built.pods:
             pod.serve(TARGET_PORT)
             pod.serve_udp(TARGET_PORT)
-        servers = {*reaper.lab_processes([pod.netns for pod in built.pods])}
         yield built
         inside = {*reaper.lab_processes(reaper.lab_namespaces(built.name))}
+        servers = {*reaper.lab_processes([pod.netns for pod in built.pods])}
         assert inside == servers, "a test has left a process behind"
     assert reaper.lab_namespaces(built.name) == []
     assert not built.directory.exists()

@@ -5,6 +5,7 @@ And what the agent therefore has to say, in the words of the contract (design, s
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from otel_lb_hop.model import format_address, is_ipv4
@@ -12,7 +13,7 @@ from otel_lb_hop.model import format_address, is_ipv4
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from otel_lb_hop.model import VipPort
+    from otel_lb_hop.model import Backend, VipPort
     from tests.lab import Accepted, Connection, Lab, Node, Pod
 
 Endpoint = tuple[str, int]
@@ -36,14 +37,14 @@ def forget_connections(lab: Lab) -> None:
         node.run(["conntrack", "-F"])
 
 
-def accepted_counts(lab: Lab) -> dict[str, int]:
-    """Count what each pod has accepted so far, for `accepted_since`."""
-    return {pod.name: len(pod.accepted()) for pod in lab.pods}
+def accepted_counts(lab: Lab, transport: str = "tcp") -> Counter[Accepted]:
+    """Count what the pods have accepted so far, for `accepted_since`."""
+    return Counter(entry for pod in lab.pods for entry in pod.accepted(transport))
 
 
-def accepted_since(lab: Lab, counts: dict[str, int]) -> list[Accepted]:
+def accepted_since(lab: Lab, counts: Counter[Accepted], transport: str = "tcp") -> list[Accepted]:
     """Return what the pods have accepted since."""
-    return [entry for pod in lab.pods for entry in pod.accepted()[counts[pod.name] :]]
+    return list((accepted_counts(lab, transport) - counts).elements())
 
 
 def follow(lab: Lab, vip_port: VipPort, results: Sequence[Connection], accepted: Sequence[Accepted]) -> list[Told]:
@@ -59,7 +60,7 @@ def follow(lab: Lab, vip_port: VipPort, results: Sequence[Connection], accepted:
             clients[entry.source, entry.source_port].connect_seconds,
         )
         for node in lab.nodes
-        for entry in node.conntrack()
+        for entry in node.conntrack(vip_port.transport.name.lower())
         if (entry.destination, entry.destination_port) == (vip, vip_port.port)
         and (entry.source, entry.source_port) in clients
     ]
@@ -77,7 +78,7 @@ def vip_port_attributes(vip_port: VipPort, node: Node) -> Attributes:
         "k8s.service.name": vip_port.service,
         "server.address": format_address(vip_port.address),
         "server.port": vip_port.port,
-        "network.transport": "tcp",
+        "network.transport": vip_port.transport.name.lower(),
         "network.type": "ipv4" if is_ipv4(vip_port.address) else "ipv6",
         "lb_hop.external_traffic_policy": vip_port.policy.value,
         "k8s.node.name": node.name,
@@ -85,7 +86,9 @@ def vip_port_attributes(vip_port: VipPort, node: Node) -> Attributes:
 
 
 def hop_class(vip_port: VipPort, node: Node, pod: Pod) -> str:
-    """Judge a hop by where node and pod are, and where the other ready backends are."""
+    """Judge a hop by where node and pod are, and where the other ready backends are; by names, where they are told."""
+    if any(_is(backend, pod) and backend.node is None for backend in vip_port.backends):
+        return "unknown"
     if pod.node == node.name:
         return "none"
     local = any(backend.ready and backend.node == node.name for backend in vip_port.backends)
@@ -94,13 +97,14 @@ def hop_class(vip_port: VipPort, node: Node, pod: Pod) -> str:
 
 def verdict_attributes(vip_port: VipPort, told: Told, origin: str = "external") -> Attributes:
     """Say what `lb_hop.connections` tells of a forwarded connection beyond the VIP port's."""
-    return {
-        "lb_hop.outcome": "forwarded",
-        "lb_hop.hop": hop_class(vip_port, told.node, told.pod),
-        "lb_hop.origin": origin,
-        "destination.k8s.node.name": told.pod.node,
-        "lb_hop.zone.crossed": told.node.zone != told.pod.zone,
-    }
+    hop = hop_class(vip_port, told.node, told.pod)
+    attributes: Attributes = {"lb_hop.outcome": "forwarded", "lb_hop.hop": hop, "lb_hop.origin": origin}
+    if hop == "unknown":
+        return attributes
+    attributes["destination.k8s.node.name"] = told.pod.node
+    if told.node.zone and told.pod.zone:
+        attributes["lb_hop.zone.crossed"] = told.node.zone != told.pod.zone
+    return attributes
 
 
 def record_attributes(vip_port: VipPort, told: Told, interface: str = "net0", origin: str = "external") -> Attributes:
@@ -116,7 +120,7 @@ def record_attributes(vip_port: VipPort, told: Told, interface: str = "net0", or
         "destination.port": told.destination[1],
         "destination.k8s.pod.name": told.pod.name,
         "destination.k8s.namespace.name": "default",
-        "destination.cloud.availability_zone": told.pod.zone,
+        **({"destination.cloud.availability_zone": told.pod.zone} if told.pod.zone else {}),
         "network.interface.name": interface,
         "lb_hop.syn.retransmits": 0,
     }
@@ -125,6 +129,10 @@ def record_attributes(vip_port: VipPort, told: Told, interface: str = "net0", or
 def clients_of(records: Iterable[Any]) -> list[Endpoint]:
     """Name the client of each log record or span."""
     return [(record.attributes["client.address"], record.attributes["client.port"]) for record in records]
+
+
+def _is(backend: Backend, pod: Pod) -> bool:
+    return format_address(backend.address) in {pod.address4, pod.address6}
 
 
 def _pod_at(lab: Lab, address: str) -> Pod:

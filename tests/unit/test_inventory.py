@@ -252,14 +252,18 @@ def test_what_is_no_vip_is_told_as_skipped() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "vips"),
-    [(True, ["10.0.10.0", "192.0.2.9"]), (False, ["10.0.10.0"])],
+    ("wanted", "vips", "skipped"),
+    [
+        (True, ["10.0.10.0", "192.0.2.9"], []),
+        (False, ["10.0.10.0"], [Skipped(*WEB, "192.0.2.9", "OTEL_LB_HOP_EXTERNAL_IPS is false")]),
+    ],
 )
-def test_external_ips(wanted: bool, vips: list[str]) -> None:  # noqa: FBT001
-    """External IPs are VIPs if they are wanted; one that is a VIP anyway, or stands there twice, is one."""
+def test_external_ips(wanted: bool, vips: list[str], skipped: list[Skipped]) -> None:  # noqa: FBT001
+    """External IPs are VIPs if they are wanted, else told as skipped; one that is a VIP anyway, or twice, is one."""
     external = ("10.0.10.0", "192.0.2.9", "192.0.2.9")
     made = inventory(service(external_ips=external), external_ips=wanted)
     assert [vip for vip, *_ in taken(made)[WEB]] == vips
+    assert made.skipped == skipped
 
 
 def test_external_ips_alone() -> None:
