@@ -472,6 +472,14 @@ static __always_inline u32 origin_of(u32 ifindex)
 	return LBH_INTERNAL;
 }
 
+/* Why a connection that begins now would not be translated: policy Local binds only what comes from outside. */
+static __always_inline u8 reason_of(const struct lbh_vip *vip, u32 origin)
+{
+	if (origin == LBH_INTERNAL && vip->unforwarded == LBH_NO_LOCAL_ENDPOINTS)
+		return LBH_DROPPED;
+	return vip->unforwarded;
+}
+
 /* A SYN came in to a VIP port: a new connection, the same packet one device further, or a retransmission. */
 static __always_inline void syn_in(struct __sk_buff *skb, const struct lbh_packet *packet)
 {
@@ -504,7 +512,13 @@ static __always_inline void syn_in(struct __sk_buff *skb, const struct lbh_packe
 		match.slot->last_syn_ns = now;
 		if (match.slot->in_ifindex == ifindex || gap_ns > LBH_SAME_PACKET_NS) {
 			match.slot->retransmits++;
-			stats->retransmits++;
+			/* The VIP port may have gone over to another Service since. */
+			vip_id = match.slot->vip_id;
+			stats = vip_stats.lookup(&vip_id);
+			if (stats)
+				stats->retransmits++;
+			else
+				count_event(LBH_NO_ROW);
 		}
 		return;
 	}
@@ -528,7 +542,7 @@ static __always_inline void syn_in(struct __sk_buff *skb, const struct lbh_packe
 	slot->out_ifindex = 0;
 	slot->retransmits = 0;
 	slot->origin = origin;
-	slot->unforwarded = vip->unforwarded;
+	slot->unforwarded = reason_of(vip, origin);
 	slot->forward_ns = 0;
 	swap_tag(match.tag, match.seen_tag, make_tag(packet->sequence, LBH_SEEN, now));
 }
@@ -837,7 +851,7 @@ int lbh_conntrack(struct __sk_buff *skb)
 	slot.vip_port = original.destination_port;
 	slot.vip_id = slot.hop_id = backend.vip_id = vip->vip_id;
 	slot.origin = place == LBH_OUTSIDE ? LBH_EXTERNAL : LBH_INTERNAL;
-	slot.unforwarded = vip->unforwarded;
+	slot.unforwarded = reason_of(vip, slot.origin);
 	verdict = LBH_VERDICT_UNFORWARDED + slot.unforwarded;
 	if (address_difference(&reply.source, &original.destination) |
 	    (reply.source_port ^ original.destination_port)) {
@@ -872,8 +886,8 @@ static __always_inline void datagram_in(struct __sk_buff *skb, const struct lbh_
 		return;
 	slot.in_ifindex = skb->ifindex;
 	slot.origin = origin_of(slot.in_ifindex);
-	slot.unforwarded = vip->unforwarded;
-	if (slot.unforwarded == LBH_NO_LOCAL_ENDPOINTS && slot.origin == LBH_INTERNAL)
+	slot.unforwarded = reason_of(vip, slot.origin);
+	if (slot.unforwarded == LBH_DROPPED)
 		return;
 	now = bpf_ktime_get_ns();
 	slot.syn_ns = now;

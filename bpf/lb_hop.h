@@ -230,7 +230,7 @@ struct lbh_uplinks {
 	u32 ifindexes[LBH_MAX_UPLINKS];
 };
 
-/* settings: written once by the agent before anything is attached. */
+/* settings: written by the agent before anything is attached, and at its end, when every verdict is due at once. */
 struct lbh_settings {
 	u64 verdict_after_ns;	/* a handshake without an answer gets its verdict at this age */
 	u64 reject_below;	/* records of good handshakes: kept if the trace id's low 56 bits reach this */

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from otel_lb_hop.config import Config
-    from otel_lb_hop.core.interfaces import Prefix
+    from otel_lb_hop.core.interfaces import Prefix, Route
     from otel_lb_hop.core.layout import Place
     from otel_lb_hop.errors import Problem
     from otel_lb_hop.kernel.loader import Loaded
@@ -66,6 +66,8 @@ NEWS_SECONDS = 0.02
 SKIPPED_SHOWN = 50
 """On /readyz and in the log, of the VIP ports that are skipped."""
 INTERFACES_SECONDS = 30.0
+ROUTES_REST = 20
+"""Reading routes takes no more of the loop's time than one part in so many."""
 DRAIN_RECORDS = 2_048
 """At most so many at a time, so that nothing else waits long in a burst."""
 SHUTDOWN_SECONDS = 3.5
@@ -98,7 +100,9 @@ class Agent:
         self._due: dict[str, float] = {}
         self._failed: set[str] = set()
         self._unfinished = False
-        self._needs = (0, 0)
+        self._needs = (False, False)
+        self._routes: list[Route] = []
+        self._routes_again = 0.0
         self._unwritten: str | None = None
         self._write_again = 0.0
         self._source_errors: dict[str, str | None] = {}
@@ -217,7 +221,7 @@ class Agent:
             more |= self._unfinished
         if self._is_due("report", now, REPORT_SECONDS):
             self._attempt("report", self._report)
-        needs = self._topology.datagram_needs
+        needs = self._datagram_needs()
         if (
             self._monitor.changed.is_set()
             or needs != self._needs
@@ -302,9 +306,14 @@ class Agent:
         snapshot = self._tables.snapshot()
         pending = self._metrics_builder.pending(snapshot.vips, snapshot.hops)
         total = sum(sum(stats.connections) for stats in snapshot.vips.values())
-        wrong = {self._topology.vips.by_id[vip_id]: count for vip_id, count in pending.items() if count}
+        wrong = {vip_id: count for vip_id, count in pending.items() if count}
         if wrong:
-            log.error("%d connections do not add up: %s came in and have no outcome", total, wrong)
+            vip_id, count = next(iter(wrong.items()))
+            row = self._topology.vips.by_id[vip_id]
+            log.error(
+                "%d connections do not add up on %d VIP ports; %d of %s/%s port %d came in and have no outcome",
+                total, len(wrong), count, row.namespace, row.service, row.port,
+            )  # fmt: skip
         else:
             log.info("%d connections add up", total)
 
@@ -356,7 +365,7 @@ class Agent:
     def _report_topology(self) -> None:
         """Tell how sources and tables are. Without the sources the tables before serve on."""
         now_ns = time.time_ns()
-        for name, source in self._feed.states(now_ns).items():
+        for name, source in self._feed.states(self._topology, now_ns).items():
             if source.error != self._source_errors.get(name):
                 self._source_errors[name] = source.error
                 if source.error:
@@ -388,18 +397,17 @@ class Agent:
     def _reconcile_interfaces(self) -> None:
         config = self._config
         links = self._netlink.links()
-        routes = self._netlink.routes()
+        routes = self._read_routes()
         if config.uplinks is None:
             uplinks = find_uplinks(links, *gateway_links(routes))
         else:
             uplinks = frozenset(link.index for link in links if config.uplinks.matches(link.name))
         names = {link.index: link.name for link in links}
         too_many = self._tables.set_uplinks(uplinks)
-        datagrams, unserved = self._topology.datagram_needs
-        heard = config.conntrack == "on" or (config.conntrack == "auto" and datagrams > 0)
+        heard, unserved = self._datagram_needs()
         self._reconcile_conntrack(heard=heard, places=find_places(routes, uplinks, self._loaded.sizes.places))
         watched = [link for link in links if config.interfaces.matches(link.name)]
-        self._hooks.reconcile(watched, datagrams=heard and unserved > 0)
+        self._hooks.reconcile(watched, datagrams=unserved)
         problems = self._hooks.problems | {
             names[index]: "one uplink too many: what comes in here counts as internal" for index in too_many
         }
@@ -414,6 +422,22 @@ class Agent:
                 "problems": problems,
             },
         )
+
+    def _read_routes(self) -> list[Route]:
+        """Read the routes, or take those of a moment ago: where each node is a route, that takes seconds."""
+        began = time.monotonic()
+        if began >= self._routes_again:
+            self._routes = self._netlink.routes()
+            ended = time.monotonic()
+            self._routes_again = ended + (ended - began) * ROUTES_REST
+        return self._routes
+
+    def _datagram_needs(self) -> tuple[bool, bool]:
+        """Whether conntrack is to be heard, and datagrams to be watched on the interfaces too."""
+        datagrams, unserved = self._topology.datagram_needs
+        wish = self._config.conntrack
+        heard = wish == "on" or (wish == "auto" and datagrams > 0)
+        return heard, heard and unserved > 0
 
     def _reconcile_conntrack(self, places: tuple[dict[Prefix, Place], int], *, heard: bool) -> None:
         """Hear of UDP and SCTP from conntrack while that is needed, and only then: it costs the whole node."""

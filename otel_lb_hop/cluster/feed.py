@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHANGES_PER_STEP = 2_000
-SERVICES_PER_STEP = 250
-"""Some 10 ms of work, so that records are drained in between."""
+ENDPOINTS_PER_STEP = 1_500
+"""And Services. Some 10 ms of work, so that records are drained in between."""
 PATIENCE_NS = 5 * 10**9
 """So long the first Services wait for the first lists of endpoints and nodes; then they are watched without."""
 
@@ -70,7 +70,7 @@ class Feed:
                 topology.confirm(self._file.confirmed_ns)
         return self._follow(self._api, topology, now_ns) if self._api else False
 
-    def states(self, now_ns: int) -> dict[str, SourceState]:
+    def states(self, topology: Topology, now_ns: int) -> dict[str, SourceState]:
         """Tell how each source is, by the name of the part."""
         states = {}
         if self._file:
@@ -81,6 +81,11 @@ class Feed:
             kinds = {kind.name.lower(): state for kind, state in self._api.states().items()}
             errors = [f"{name}: {state.error}" for name, state in kinds.items() if state.error is not None]
             errors += [f"{name}: not read yet" for name, state in kinds.items() if not (state.synced or state.error)]
+            if kinds["nodes"].synced and topology.own_node is None:
+                errors.append(
+                    f"no node is called {topology.node_name}, so no endpoint is on this node: is OTEL_LB_HOP_NODE_NAME "
+                    "the name of the Node object (spec.nodeName of the pod)?"
+                )
             detail = {name: _tell(state, now_ns) for name, state in kinds.items()}
             states["kubernetes"] = SourceState("; ".join(errors) or None, detail)
         return states
@@ -108,7 +113,8 @@ class Feed:
             return True
         if not self._may_begin(states, now_ns):
             return False
-        changed = self._inventory.take_changed(SERVICES_PER_STEP)
+        self._inventory.doubt_endpoints(doubtful=states[Kind.ENDPOINT_SLICES].error is not None)
+        changed = self._inventory.take_changed(ENDPOINTS_PER_STEP)
         if changed:
             topology.update({ServiceId(Source.API, *key): ports for key, ports in changed.items()}, now_ns)
         self.begun = True

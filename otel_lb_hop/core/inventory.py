@@ -30,6 +30,7 @@ class Inventory:
         self._policies = policies
         self._external_ips = external_ips
         self._endpoints_known = False
+        self._endpoints_doubtful = False
         self._services: dict[Key, Service] = {}
         self._slices: dict[Key, dict[str, EndpointSlice]] = {}
         self._service_of: dict[Key, Key] = {}
@@ -65,18 +66,28 @@ class Inventory:
             self._endpoints_known = True
             self._changed |= dict.fromkeys(self._services)
 
+    def doubt_endpoints(self, *, doubtful: bool) -> None:
+        """Note whether slices come in at present; if not, a Service without any may have some all the same."""
+        if self._endpoints_doubtful and not doubtful:
+            self._changed |= dict.fromkeys(key for key in self._services if key not in self._slices)
+        self._endpoints_doubtful = doubtful
+
     @property
     def waiting(self) -> bool:
         """Whether there are changes to take."""
         return bool(self._changed)
 
     def take_changed(self, limit: int) -> dict[Key, tuple[VipPort, ...]]:
-        """Answer the VIP ports of at most `limit` Services that changed; none for one that is gone."""
+        """Answer the VIP ports of Services that changed, none for one that is gone.
+
+        It stops at `limit` Services and endpoints together: that is what they cost.
+        """
         taken: dict[Key, tuple[VipPort, ...]] = {}
-        while self._changed and len(taken) < limit:
+        while self._changed and limit > 0:
             key = next(iter(self._changed))
             del self._changed[key]
             taken[key] = self._join(key)
+            limit -= 1 + sum(len(vip_port.backends) for vip_port in taken[key])
         return taken
 
     @property
@@ -110,15 +121,14 @@ class Inventory:
         if not vips:
             return ()
         slices = [each for _, each in sorted(self._slices.get(key, {}).items())]
+        known = self._endpoints_known and (bool(slices) or not self._endpoints_doubtful)
         vip_ports = []
         for port in service.ports:
             backends = _backends(port, slices)
             for vip in vips:
                 family = is_ipv4(vip)
                 own = tuple(backend for backend in backends if is_ipv4(backend.address) == family)
-                vip_ports.append(
-                    VipPort(vip, port.port, port.transport, *key, service.policy, own, self._endpoints_known)
-                )
+                vip_ports.append(VipPort(vip, port.port, port.transport, *key, service.policy, own, known))
         return tuple(vip_ports)
 
 

@@ -325,14 +325,17 @@ class Topology:
             if before.vip_id not in keep_vip:
                 self._drop_backend(backend_key)
         if before.vip_id not in keep_vip:
-            del self.placements[before.vip_id]
+            self.placements.pop(before.vip_id, None)
 
     def _enter(self, key: bytes, owner: ServiceId, now_ns: int) -> _Entry:
         vip_port = self._services[owner][key]
         vip_id = self._vip_id(vip_port, now_ns)
         used = _used(vip_port.backends)
         local = any(self._is_local(backend) for backend in used)
-        self.placements[vip_id] = self._placement(used)
+        if vip_port.endpoints_known:
+            self.placements[vip_id] = self._placement(used)
+        else:
+            self.placements.pop(vip_id, None)
         reason = self._unforwarded(vip_port)
         if vip_port.transport is not Transport.TCP:
             self._datagrams[key] = reason

@@ -83,7 +83,11 @@ FORWARD = Instrument(
     semconv.METRIC_FORWARD_DURATION, "s", "From the first packet in to the translated packet out, on this node"
 )
 HANDSHAKE = Instrument(semconv.METRIC_HANDSHAKE_DURATION, "s", "From the SYN in to the SYN-ACK out, on this node")
-ENDPOINTS = Instrument(semconv.METRIC_ENDPOINTS, "{endpoint}", "Ready endpoints by where they are, seen from this node")
+ENDPOINTS = Instrument(
+    semconv.METRIC_ENDPOINTS,
+    "{endpoint}",
+    "Endpoints that kube-proxy picks from, by where they are, seen from this node",
+)
 VIP_PORTS = Instrument(semconv.METRIC_VIP_PORTS, "{vip_port}", "VIP ports that are watched")
 EVENTS_DROPPED = Instrument(semconv.METRIC_EVENTS_DROPPED, "{event}", "Packets and events that could not be told")
 RECORDS_EXPORTED = Instrument(semconv.METRIC_RECORDS_EXPORTED, "{record}", "Records that an exporter took")

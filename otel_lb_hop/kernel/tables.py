@@ -113,7 +113,9 @@ class KernelTables:
         self._hop_ids.add(number)
 
     def _put_vip_port(self, key: bytes, value: bytes) -> None:
-        if VIP_VALUE.unpack(value)[0] not in self._vip_ids:
+        vip_id = VIP_VALUE.unpack(value)[0]
+        # Its own hop row takes what goes to unknown backends: without that, forwarded connections would vanish.
+        if vip_id not in self._vip_ids or vip_id not in self._hop_ids:
             self._delete_vip_port(key)  # what the kernel has may be another Service's counters
             raise OSError(errno.E2BIG, "no room for the counters of a VIP port")
         self._loaded.vip_ports.put(key, value)

@@ -218,12 +218,14 @@ class Model:
         known = self._handshakes.get(key)
         if known is None:
             origin = OriginCode.EXTERNAL if interface in self.uplinks else OriginCode.INTERNAL
+            if origin is OriginCode.INTERNAL and reason is Unforwarded.NO_LOCAL_ENDPOINTS:
+                reason = Unforwarded.DROPPED  # policy Local binds only what comes from outside
             self._handshakes[key] = _Handshake(vip_id, vip_id, vip, origin, reason, interface, now_ns)
             self.connections[vip_id, origin] += 1
             return
         if interface == known.interface or now_ns - known.last_ns > SAME_PACKET_NS:
             known.retransmits += 1
-            self.retransmits[vip_id] += 1
+            self.retransmits[known.vip_id] += 1
         known.last_ns = now_ns
 
     def outgoing(self, packet: Kind | Segment) -> None:

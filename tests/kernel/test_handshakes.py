@@ -260,6 +260,26 @@ def test_unforwarded(node: Node, reason: Unforwarded, how: str) -> None:
     assert not any(any(row.forwarded) or row.refused for row in node.rig.snapshot().hops.values())
 
 
+def test_policy_local_binds_only_what_comes_from_outside(node: Node) -> None:
+    """A pod's call to a VIP of policy Local is forwarded to any node: if it is lost, that is not for want of a local."""
+    node.serve(near=False, local=True)
+    node.into(node.family.flow().syn(), node.rig.pod)
+    node.rig.sweep()
+    assert node.record().verdict == Verdict.DROPPED
+    assert node.rig.vip(node.marked.vip_id).unforwarded == ((1, 0, 0), (0, 0, 0))
+
+
+def test_a_syn_sent_again_counts_where_the_first_one_did(node: Node) -> None:
+    """A VIP port that goes over to other counters between two SYNs takes no retransmission of the first along."""
+    flow = node.family.flow()
+    before = node.marked.vip_id
+    node.into(flow.syn())
+    after = node.serve(local=True).vip_id
+    node.into(flow.syn())
+    assert before != after
+    assert (node.rig.vip(before).retransmits, node.rig.vip(after).retransmits) == (1, 0)
+
+
 def test_reason_is_that_of_the_beginning(node: Node) -> None:
     """A VIP port that loses its backends after the SYN does not change why that one was not forwarded."""
     node.into(node.family.flow().syn())

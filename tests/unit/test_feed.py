@@ -130,15 +130,23 @@ def test_a_service_without_slices_has_no_endpoints_once_all_were_read() -> None:
 
 
 def test_changes_come_in_steps() -> None:
-    """Many changes take many short steps, each of which says that there is more."""
+    """Many changes take many short steps, each of which says that there is more; endpoints count as Services do."""
     services = [service(f"s{number}", f"10.0.{number // 250}.{number % 250}") for number in range(1_000)]
-    scene = Scene(*services, *NODES)
+    slices = [
+        Change(
+            Kind.ENDPOINT_SLICES,
+            ("default", f"s{number}-1"),
+            EndpointSlice("default", f"s{number}-1", f"s{number}", (SlicePort("http", TCP, (LOCAL, REMOTE)),)),
+        )
+        for number in range(900)
+    ]
+    scene = Scene(*services, *slices, *NODES)
     scene.api.sync(*Kind)
     steps = 1
     while scene.update():
         steps += 1
     assert scene.topology.watched == 1_000
-    assert steps == 1_000 // feed_module.SERVICES_PER_STEP
+    assert steps == -(-(1_000 + 2 * 900) // feed_module.ENDPOINTS_PER_STEP)
 
 
 def test_a_long_queue_is_drained_before_the_first_word() -> None:
@@ -179,15 +187,47 @@ def test_age_is_that_of_the_oldest_list() -> None:
 
 def test_states() -> None:
     """Each resource's error and staleness is told, and that one was not read yet."""
-    scene = Scene()
+    scene = Scene(*NODES)
     scene.api.sync(*Kind)
-    assert scene.feed.states(START + 2 * SECOND)["kubernetes"].error is None
+    scene.update()
+    assert scene.feed.states(scene.topology, START + 2 * SECOND)["kubernetes"].error is None
     scene.api.kinds[Kind.SERVICES] = State(synced=True, error="403: list services is forbidden", contact_ns=START)
     scene.api.kinds[Kind.NODES] = State()
-    state = scene.feed.states(START + 2 * SECOND)["kubernetes"]
+    state = scene.feed.states(scene.topology, START + 2 * SECOND)["kubernetes"]
     assert state.error == "services: 403: list services is forbidden; nodes: not read yet"
     assert state.detail["services"]["stale_seconds"] == 2.0
     assert state.detail["nodes"]["stale_seconds"] is None
+
+
+def test_a_wrong_node_name_is_told() -> None:
+    """With a name that no Node has, every backend would be elsewhere: that is told, not passed over."""
+    scene = Scene(NODES[1])
+    scene.api.sync(Kind.SERVICES, Kind.ENDPOINT_SLICES)
+    scene.update()
+    assert "no node is called" not in str(scene.feed.states(scene.topology, START)["kubernetes"].error)
+    scene.api.sync(Kind.NODES)
+    error = scene.feed.states(scene.topology, START)["kubernetes"].error
+    assert error is not None
+    assert error.startswith("no node is called node1")
+    assert "OTEL_LB_HOP_NODE_NAME" in error
+
+
+def test_new_services_while_slices_fail() -> None:
+    """While no slices come in, a new Service is not told to have no endpoints; once they do, it is."""
+    scene = Scene(*NODES)
+    scene.api.sync(*Kind)
+    scene.update()
+    scene.api.kinds[Kind.ENDPOINT_SLICES] = State(synced=True, error="403", contact_ns=START)
+    scene.api.queue = [service()]
+    scene.update()
+    (value,) = scene.topology.tables.vip_ports.values()
+    assert value[4] == 0  # dropped
+    assert scene.topology.placements == {}
+    scene.api.sync(Kind.ENDPOINT_SLICES)
+    scene.update()
+    (value,) = scene.topology.tables.vip_ports.values()
+    assert value[4] == 1  # no endpoints
+    assert list(scene.topology.placements.values()) == [Placement(0, 0, 0)]
 
 
 def test_skipped_and_uid() -> None:
@@ -215,7 +255,7 @@ def test_file_and_api_server(tmp_path: Path) -> None:
     feed = Feed(watcher, scene.api, Inventory(frozenset(Policy), external_ips=True))  # type: ignore[arg-type]
     feed.update(scene.topology, START)
     assert (feed.begun, scene.topology.watched) == (True, 2)
-    assert feed.states(START)["vips_file"] == SourceState(None, None)
+    assert feed.states(scene.topology, START)["vips_file"] == SourceState(None, None)
     scene.api.sync(*Kind)
     feed.update(scene.topology, START)
     assert scene.topology.watched == 2

@@ -175,8 +175,8 @@ def test_what_came_and_went_unwritten_is_no_error() -> None:
         (
             "hop_stats",
             0,
-            {"hop_ids": 5, "backends": 3},
-            {"vip_ports": 2, "backends": 0, "vip_stats": 2, "hop_stats": 0},
+            {"hop_ids": 5, "backends": 3, "vip_ports": 2},
+            {"vip_ports": 0, "backends": 0, "vip_stats": 2, "hop_stats": 0},
         ),
     ],
 )

@@ -191,8 +191,9 @@ class Steps(RuleBasedStateMachine):
     def follow(self) -> None:
         """Note which endpoints came and went by that."""
         now = view(self.fresh())
+        watched = {row for row, _ in now.vips.values()}
         for place in self.present.keys() - now.backends.keys():
-            self.lingering[place] = Gone(self.now_ns, self.present[place] if place[0] in now.placements else None)
+            self.lingering[place] = Gone(self.now_ns, self.present[place] if place[0] in watched else None)
         for place in now.backends:
             self.lingering.pop(place, None)
         self.present = now.backends
@@ -275,9 +276,10 @@ class Steps(RuleBasedStateMachine):
         assert view(self.topology) == view(wanted)
         assert self.kernel_vip_ports == self.topology.tables.vip_ports
         assert self.kernel_backends == self.topology.tables.backends
-        assert self.topology.vips.by_id.keys() == self.topology.placements.keys()
+        vip_ids = {VIP_VALUE.unpack(value)[0] for value in self.topology.tables.vip_ports.values()}
+        assert self.topology.vips.by_id.keys() == vip_ids
         used = {int.from_bytes(value, sys.byteorder) for value in self.topology.tables.backends.values()}
-        assert self.topology.hops.by_id.keys() == used | self.topology.placements.keys()
+        assert self.topology.hops.by_id.keys() == used | vip_ids
         assert self.topology._backends.keys() == self.topology.tables.backends.keys()
         assert self.topology._claims.keys() == self.topology.tables.vip_ports.keys()
 
