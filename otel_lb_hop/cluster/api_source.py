@@ -147,6 +147,8 @@ class _Shared:
         self.scout_wanted = False
         self.scout_failed = False
         """The scout failed, and nothing has succeeded since."""
+        self.back_since = 0.0
+        """When the server was last found to be back after it was away."""
         self.uid_wanted = False
         self._wake = wake
 
@@ -157,17 +159,28 @@ class _Shared:
         if empty and changes:
             self._wake()
 
+    def want_scout(self) -> None:
+        """Send the scout, with the lock held."""
+        self.scout_wanted = True
+        self.changed.notify_all()
+
     def sleep(self, seconds: float) -> bool:
         """Sleep; answers whether to go on then."""
         with self.changed:
             return not self.changed.wait_for(lambda: self.closing, seconds)
 
-    def release(self) -> None:
-        """Let those go on that wait for a server that was away; with the lock held."""
-        now = time.monotonic()
+    def release(self, asked: float = 0.0) -> None:
+        """Let those go on that wait for a server that was away; with the lock held.
+
+        `asked` is when the scout asked that found it back: who asked before it and has heard nothing may have asked
+        what is no longer there.
+        """
+        now = self.back_since = time.monotonic()
         for each in self.reflectors:
             if each.waits and (each.was_unreachable or self.scout_failed):
                 each.pace.release(now, _fraction())
+            elif self.scout_failed and each.unanswered and each.asked < asked:
+                each.client.abort()
         self.scout_failed = False
         self.changed.notify_all()
 
@@ -208,6 +221,9 @@ class _Reflector:
         self.state = State()
         self.pace = Pace(timing, time.monotonic(), _fraction())
         self.waits = False
+        self.asked = 0.0
+        self.unanswered = False
+        """Whether the answer to what was asked has not begun."""
         self.was_unreachable = False
         self._shared = shared
         self._timing = timing
@@ -239,6 +255,10 @@ class _Reflector:
                 if not self.waits:
                     if not at_once:
                         self.pace.spend(now)
+                    self.asked = now
+                    self.unanswered = True
+                    if self.state.error is not None:  # perhaps nobody will ever answer
+                        self._shared.want_scout()
                     self.state = self.state._replace(requests=self.state.requests + 1)
                     return True
                 self._shared.changed.wait(due - now)
@@ -252,16 +272,20 @@ class _Reflector:
             answer = self.client.get(request.target, timing.watch_head, timing.watch_read)
         else:
             answer = self.client.get(request.target, timing.list_read, timing.list_read)
+        self.unanswered = False
         try:
             if answer.status != HTTPStatus.OK:
                 raise _refusal(answer, doing)
             self._answered = True
-            (self._follow if request.watch else self._load)(answer)
+            if request.watch:
+                self._follow(answer)
+            else:
+                self._load(answer, check=request.check)
         finally:
             answer.close()
 
-    def _load(self, answer: Answer) -> None:
-        """Read a page of a LIST."""
+    def _load(self, answer: Answer, *, check: bool) -> None:
+        """Read a page of a LIST, or the answer to a check."""
         decoder = ListDecoder()
         deadline = time.monotonic() + self._timing.list_total
         while chunk := answer.read():
@@ -274,25 +298,29 @@ class _Reflector:
             self._reflection.take_item(item)
         meta = decoder.meta()
         self._reflection.end_page(meta)
-        self._publish(current=not meta.continue_token)
-        self._succeed()
+        self._publish(current=not (meta.continue_token or check))
+        self._succeed(served=True)
 
     def _follow(self, answer: Answer) -> None:
         """Read a WATCH to its end."""
         lines = LineSplitter()
         began = time.monotonic()
-        self._succeed()
+        contact_ns: int | None = self.state.contact_ns
+        self._succeed(served=False)
         self._publish(current=True, well=True)
         try:
             while chunk := answer.read():
                 for line in lines.feed(chunk):
                     self._reflection.take_line(line)
+                    contact_ns = time.time_ns()
                 self._publish(current=True)
         finally:
             seconds = time.monotonic() - began
-            if seconds >= self._timing.lasting:
-                with self._shared.changed:
+            with self._shared.changed:
+                if seconds >= self._timing.lasting:
                     self.pace.last()
+                else:  # that it began does not show that it would have told what is new
+                    self.state = self.state._replace(contact_ns=contact_ns)
         if lines.partial:
             raise ClusterError("the watch stopped in the middle of a line", Cause.BROKEN)
         if seconds < self._timing.lasting:
@@ -318,12 +346,12 @@ class _Reflector:
                 bad_reason=reflection.bad_reason,
             )
 
-    def _succeed(self) -> None:
-        """Take note of a good answer: what others wait for may be over as well."""
+    def _succeed(self, *, served: bool) -> None:
+        """Take note of a good answer, which only began or was `served`: what others wait for may be over as well."""
         with self._shared.changed:
             self.pace.answer()
             self._shared.uid_wanted = True
-            if self.was_unreachable or self._shared.scout_failed:
+            if self.was_unreachable or (served and self._shared.scout_failed):
                 self.was_unreachable = False
                 self._shared.release()
             self._shared.changed.notify_all()
@@ -340,9 +368,11 @@ class _Reflector:
             fraction = _fraction()
             self.pace.fail(now, fraction, error.cause, error.retry_after_seconds, answered=self._answered)
             self.was_unreachable = error.cause is Cause.UNREACHABLE
+            self.unanswered = False
+            if self.asked < self._shared.back_since:
+                self.pace.release(now, fraction)
             if self.pace.due(now) - now > self._timing.patience:
-                self._shared.scout_wanted = True
-                self._shared.changed.notify_all()
+                self._shared.want_scout()
             if str(error) != self.state.error:
                 self._log.warning("%s", error)
             self.state = self.state._replace(error=str(error))
@@ -380,21 +410,25 @@ class _Scout:
             shared.changed.wait_for(
                 lambda: shared.closing or shared.scout_wanted or (shared.uid_wanted and not self._uid_settled)
             )
-            shared.uid_wanted = False
+            if not shared.scout_wanted:  # else it is wanted still when the scout is back
+                shared.uid_wanted = False
             return not shared.closing
 
     def _go(self) -> None:
         """Ask every few seconds as long as somebody waits, and let them go on once it succeeds after it failed."""
         shared = self._shared
+        asked = time.monotonic()
         retry_after = 0.0
         while True:
             pause = self._timing.scout_interval + self._timing.scout_spread * _fraction()
-            if not shared.sleep(max(pause, retry_after)):
+            if not shared.sleep(max(asked + pause - time.monotonic(), retry_after)):
                 return
             with shared.changed:
-                shared.scout_wanted = any(each.waits for each in shared.reflectors)
+                shared.scout_wanted = any(each.waits or each.unanswered for each in shared.reflectors)
                 if not shared.scout_wanted:
                     return
+                asked = time.monotonic()
+                next(each for each in shared.reflectors if each.kind is Kind.NODES).pace.spend(asked)
             try:
                 self._ask(self._target, {HTTPStatus.OK, HTTPStatus.NOT_FOUND})
             except ClusterError as error:
@@ -405,7 +439,7 @@ class _Scout:
                 continue
             with shared.changed:
                 shared.scout_wanted = False
-                shared.release()
+                shared.release(asked)
             self.client.renew()
             return
 

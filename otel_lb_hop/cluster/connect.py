@@ -7,6 +7,7 @@ Answers are not asked for in gzip: packing 20 MB for each node of a cluster cost
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import socket
 import sys
@@ -17,7 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, Timeout
-from urllib3.exceptions import ConnectTimeoutError, HTTPError, NameResolutionError, ReadTimeoutError, SSLError
+from urllib3.exceptions import (
+    ConnectTimeoutError,
+    HTTPError,
+    NameResolutionError,
+    ProtocolError,
+    ReadTimeoutError,
+    SSLError,
+)
 
 from otel_lb_hop import __version__
 from otel_lb_hop.cluster.failure import Cause, ClusterError
@@ -47,6 +55,9 @@ def _slim(module: str) -> Any:  # noqa: ANN401 - modules of the package have no 
             vars(client)["ApiClient"] = _whole_client
         return importlib.import_module(module)
 
+
+# A head that breaks off would be told with a traceback; what follows from it is told here.
+logging.getLogger("urllib3.connection").setLevel(logging.ERROR)
 
 SERVICE_ACCOUNT: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 CONNECT_SECONDS: Final = 5.0
@@ -113,7 +124,7 @@ class Connection:
                 "GET",
                 self._configuration.host + target,
                 headers=headers,
-                timeout=Timeout(connect=CONNECT_SECONDS, read=head_seconds),
+                timeout=Timeout(connect=min(CONNECT_SECONDS, head_seconds), read=head_seconds),
                 preload_content=False,
                 redirect=False,
                 retries=False,
@@ -160,6 +171,8 @@ class Connection:
                 text = f"TLS with {self._host} failed: {error}; is the CA certificate the cluster's?"
             case NameResolutionError():
                 text = f"the name of {self._host} cannot be resolved; does DNS work here?"
+            case ProtocolError(args=(_, HTTPException() as inner)) if not isinstance(inner, OSError):
+                text = f"{self._host} answers what is no HTTP: {_reason(error)}"
             case _:
                 text = f"{self._host} cannot be reached: {_reason(error)}"
         return ClusterError(text, Cause.UNREACHABLE)
@@ -197,7 +210,7 @@ class Answer:
 
 
 def _reason(error: Exception) -> str:
-    """Say what urllib3's errors say, without their wrapping."""
+    """Say what urllib3's errors say, without their wrapping, in ASCII: it may hold what a server has sent."""
     inner = (each for each in (error.__cause__, *error.args) if isinstance(each, (OSError, HTTPException)))
     reason = next(inner, error)
-    return str(getattr(reason, "strerror", None) or reason)
+    return ascii(str(getattr(reason, "strerror", None) or reason))[1:-1]

@@ -22,18 +22,20 @@ class Timing(NamedTuple):
     """All agents of a cluster may be started at once."""
     first_back_off: float = 1.0
     longest_back_off: float = 60.0
-    longest_rewatch: float = 4.0
-    """A watch that was accepted and broke off is asked for again at least so often: it costs the server little."""
+    longest_rewatch: float = 3.0
+    """A watch that was accepted and came to nothing is asked for again at least so often: it costs the server little,
+    and unlike other waits this one is not ended by the scout."""
     lasting: float = 10.0
     """After so long a watch was a success, and what failed before is forgotten."""
     release_spread: float = 0.8
     patience: float = 3.0
     """A wait longer than this calls for the scout."""
-    scout_interval: float = 2.5
-    scout_spread: float = 1.0
+    scout_interval: float = 2.0
+    scout_spread: float = 0.8
+    """From question to question; with `release_spread` and a turn of the main loop less than 5 s."""
     watch_head: float = 10.0
     """A watch answers at once, before it has anything to tell."""
-    scout_read: float = 5.0
+    scout_read: float = 2.0
     watch_read: float = 55.0
     """Longer than any watch is asked to last, so that a silent one is dead; found so within 60 s."""
     list_read: float = 30.0
@@ -43,7 +45,8 @@ class Timing(NamedTuple):
 class Pace:
     """The next request of one resource: not before `due`.
 
-    A bucket bounds all requests together: at most 5 + 0.8 for each second, so 29 in any 30 s, whatever happens.
+    A bucket bounds all requests together: at most 5 + 0.8 for each second, so 29 in any 30 s, whatever happens. What
+    the scout asks for a node counts among the nodes'.
     """
 
     burst: Final = 5.0
@@ -72,15 +75,19 @@ class Pace:
         """Wait longer after each failure, and never less than the server asked for.
 
         Two things are counted: failures of a server that is away or refuses, up to its first good answer, and good
-        answers (`answered`) that came to nothing, up to a lasting success. So a server that is back but has to send us
-        back to a LIST is not left alone for a minute, and one that accepts watches only to drop them is not rushed.
+        answers (`answered`) that came to nothing, up to a lasting success or an outage. So a server that is back but
+        has to send us back to a LIST is not left alone for a minute, and one that accepts watches only to drop them is
+        not rushed.
         """
         bad = answered or cause in _ANSWERS
         times = self._bad if bad else self._away
-        self._bad += bad
-        self._away += not bad
+        if bad:
+            self._bad += 1
+        else:
+            self._away += 1
+            self._bad = 0  # a server that was away may well send us back to a LIST
         timing = self._timing
-        longest = timing.longest_rewatch if answered and cause is Cause.BROKEN else timing.longest_back_off
+        longest = timing.longest_rewatch if answered and cause not in _ANSWERS else timing.longest_back_off
         # The exponent is bounded only so that it never overflows.
         seconds = min(longest, timing.first_back_off * 2.0 ** min(times, 30))
         self._wait_until = now + seconds * (0.5 + 0.5 * fraction)
@@ -97,6 +104,7 @@ class Pace:
     def release(self, now: float, fraction: float) -> None:
         """End a wait early, because the server is back; what it asked for itself still holds."""
         self._wait_until = min(self._wait_until, now + self._timing.release_spread * fraction)
+        self._away = 0  # one that has just started may refuse a little longer
 
     def _level(self, now: float) -> float:
         return min(self.burst, self._tokens + (now - self._counted) * self.per_second)

@@ -40,11 +40,15 @@ _RELIST = {Cause.EXPIRED, Cause.AHEAD, Cause.GARBLED}
 
 
 class Request(NamedTuple):
-    """What to ask: the path with its query, and whether it is a watch, or a page of a list that has begun."""
+    """What to ask: the path with its query, and whether it is a watch, or a page of a list that has begun.
+
+    A `check` is answered as a list, of which only the version counts.
+    """
 
     target: str
     watch: bool
     page: bool
+    check: bool = False
 
 
 class _List(Enum):
@@ -72,6 +76,9 @@ class Reflection:
         self._changes: list[Change] = []
         self._version = ""
         self._watching = False
+        self._doubt = False
+        """Whether the server was away and may be back with the state of a backup: it takes a watch from a version that
+        it has yet to come to, and says nothing until then."""
         self._heard = False
         self._has_bookmarks = False
         self._wish = _List.ANY
@@ -86,6 +93,8 @@ class Reflection:
 
     def request(self, fraction: float) -> Request:
         """Tell what to ask next; `fraction` is random in [0, 1)."""
+        if self._watching and self._doubt:
+            return Request(f"{self.kind.value}?limit=1", watch=False, page=False, check=True)
         if self._watching:
             self._heard = False
             query = {
@@ -112,6 +121,8 @@ class Reflection:
 
     def take_item(self, raw: object) -> None:
         """Take over one item of a LIST."""
+        if self._watching and self._doubt:
+            return  # of a check
         self._page_empty = False
         key, value = self._read(raw)
         if key is not None:
@@ -121,6 +132,11 @@ class Reflection:
 
     def end_page(self, meta: ListMeta) -> None:
         """Take note that a page is complete; if it is the last, what none of them named is gone."""
+        if self._watching and self._doubt:
+            self._doubt = False
+            if _is_older(meta.resource_version, self._version):
+                raise ClusterError("the server is back with an older state, as from a backup", Cause.AHEAD)
+            return
         if meta.continue_token:
             if self._page_empty or meta.continue_token == self._continue:
                 raise ClusterError("a list without end: a page brings nothing new", Cause.GARBLED)
@@ -132,6 +148,7 @@ class Reflection:
         self._version = meta.resource_version
         self._begin_list(_List.NOT_OLDER)
         self._watching = True
+        self._doubt = False
         self.synced = True
 
     def take_line(self, line: bytes) -> None:
@@ -142,6 +159,7 @@ class Reflection:
         except (ValueError, RecursionError, TypeError, KeyError) as error:
             raise ClusterError("an undecodable line in the watch", Cause.GARBLED) from error
         if kind == "ERROR":
+            self._heard = True
             raise status_error(raw, None, 0.0, f"watch {self.kind.resource}")
         version = _version(raw)
         if kind not in _EVENTS or not version:
@@ -166,6 +184,7 @@ class Reflection:
 
     def fail(self, cause: Cause) -> None:
         """Take note that the request failed; what was held stays held."""
+        self._doubt |= cause in {Cause.UNREACHABLE, Cause.REFUSED} and not self._heard
         if self._watching and cause in _RELIST:
             self._watching = False
             self._begin_list(_List.NEWEST if cause is Cause.AHEAD else _List.NOT_OLDER)
@@ -246,6 +265,11 @@ def _is_too_large(message: str, details: dict[str, Any]) -> bool:
         isinstance(each, dict) and each.get("reason") == "ResourceVersionTooLarge"
         for each in (causes if isinstance(causes, list) else ())
     )
+
+
+def _is_older(version: str, other: str) -> bool:
+    """Compare versions, as far as they are the numbers that they should be (KEP-5504)."""
+    return version.isdecimal() and other.isdecimal() and int(version) < int(other)
 
 
 def _version(raw: object) -> str:

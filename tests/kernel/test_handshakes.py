@@ -261,7 +261,7 @@ def test_unforwarded(node: Node, reason: Unforwarded, how: str) -> None:
 
 
 def test_policy_local_binds_only_what_comes_from_outside(node: Node) -> None:
-    """A pod's call to a VIP of policy Local is forwarded to any node: if it is lost, that is not for want of a local."""
+    """A pod's call to a VIP of policy Local is forwarded to any node: a loss has another reason."""
     node.serve(near=False, local=True)
     node.into(node.family.flow().syn(), node.rig.pod)
     node.rig.sweep()

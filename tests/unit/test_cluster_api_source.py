@@ -28,7 +28,7 @@ QUICK = Timing(
     lasting=NEVER,
     release_spread=0.01,
     patience=NEVER,
-    scout_interval=0.05,
+    scout_interval=0.5,
     scout_spread=0.0,
 )
 SLOW_BACK_OFF = QUICK._replace(first_back_off=60.0, longest_rewatch=60.0, patience=1.0)
@@ -223,13 +223,26 @@ def test_cut_watch(api: FakeApi, tmp_path: Path) -> None:
         api.stop()
         api.start()
         consumer.until(lambda: api.count(NODES, watch=True) >= 4)
-        assert "stopped" in str(consumer.state(Kind.NODES).error)
+        consumer.until(lambda: "stopped" in str(consumer.state(Kind.NODES).error))
         api.put(NODES, "n3")
         api.moods.clear()
         consumer.until(lambda: "n3" in consumer.nodes())
         consumer.until(consumer.well)
-        assert api.count(NODES, watch=False) == 1
+        assert consumer.state(Kind.NODES).relists == 0
         assert consumer.state(Kind.NODES).requests <= 9
+
+
+def test_watches_that_tell_nothing(api: FakeApi, tmp_path: Path) -> None:
+    """That the server begins watches does not show that what is known is what it has."""
+    api.moods[f"{NODES}?watch"] = cut
+    with Consumer(api, tmp_path) as consumer:
+        consumer.until(consumer.synced)
+        listed_ns = consumer.state(Kind.NODES).contact_ns
+        consumer.until(lambda: api.count(NODES, watch=True) >= 3)
+        consumer.until(lambda: consumer.state(Kind.NODES).contact_ns == listed_ns)
+        api.moods.clear()
+        consumer.until(lambda: api.count(NODES, watch=True) >= 4 and consumer.well())
+        assert (consumer.state(Kind.NODES).contact_ns or 0) > (listed_ns or 0)
 
 
 def test_garbage(api: FakeApi, tmp_path: Path) -> None:
@@ -316,6 +329,30 @@ def test_released_after_refusals(api: FakeApi, tmp_path: Path) -> None:
         consumer.until(lambda: api.count(f"{NODES}/n1") >= 2)
         api.moods.clear()
         assert consumer.until(consumer.well) < 2.0
+
+
+def test_unanswered_until_it_was_back(api: FakeApi, tmp_path: Path) -> None:
+    """What the server took while it hung will never be answered: once the scout is, all is asked again."""
+    api.moods["/"] = refuse(503)
+    with Consumer(api, tmp_path, QUICK._replace(list_read=NEVER, scout_read=0.2, scout_interval=1.3)) as consumer:
+        consumer.until(lambda: all(consumer.errors()))
+        api.moods["/"] = hang
+        hung = [api.count(path) for path in (SERVICES, SLICES, NODES)]
+        consumer.until(
+            lambda: all(api.count(path) > before for path, before in zip((SERVICES, SLICES, NODES), hung, strict=True))
+        )
+        consumer.until(lambda: api.count(f"{NODES}/n1") >= 2)
+        api.moods.clear()
+        assert consumer.until(consumer.well) < 5.0
+
+
+def test_scout_counts_among_the_nodes(api: FakeApi, tmp_path: Path) -> None:
+    """All requests for nodes are bounded together: while the scout asks much, the others wait."""
+    api.moods["/"] = refuse(503)
+    with Consumer(api, tmp_path, QUICK._replace(longest_back_off=0.05, scout_interval=0.1)) as consumer:
+        consumer.until(lambda: api.count(SERVICES) >= 7, 10)
+        assert api.count(f"{NODES}/n1") >= 7
+        assert api.count(NODES) <= 5
 
 
 def test_one_resource_alone(api: FakeApi, tmp_path: Path) -> None:

@@ -185,6 +185,28 @@ def test_dropped_before_the_answer(api: FakeApi, tmp_path: Path) -> None:
     assert "cannot be reached: Remote end closed connection" in str(error)
 
 
+def test_no_http(api: FakeApi, tmp_path: Path) -> None:
+    """What answers is something else; what it says is told on one line and in ASCII."""
+    api.moods["/"] = lambda handler: handler.connection.sendall(b"SSH-2.0-\xff\r\n")
+    connection = connector(ApiConfig(write_kubeconfig(tmp_path / "config", api.url)))()
+    error = failure(lambda: get(connection))
+    assert error.cause is Cause.UNREACHABLE
+    assert str(error) == f"{api.url} answers what is no HTTP: SSH-2.0-\\xff\\r\\n"
+
+
+def test_half_a_head(api: FakeApi, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A head that breaks off is an answer without body, and no news for the log."""
+
+    def break_off(handler: Handler) -> None:
+        handler.connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: appl")
+        handler.connection.shutdown(2)
+
+    api.moods["/"] = break_off
+    connection = connector(ApiConfig(write_kubeconfig(tmp_path / "config", api.url)))()
+    assert get(connection) == (200, b"")
+    assert not caplog.records
+
+
 def test_redirect(api: FakeApi, tmp_path: Path) -> None:
     """The API redirects nobody: the token is not taken elsewhere."""
     api.moods[SYSTEM] = lambda handler: handler.answer({}, 302, Location="/elsewhere")

@@ -111,13 +111,36 @@ def waits(cause: Cause, *, answered: bool, fraction: float) -> list[float]:
         (Cause.UNREACHABLE, False, [1, 2, 4, 8, 16, 32, 60, 60, 60, 60]),
         (Cause.BROKEN, False, [1, 2, 4, 8, 16, 32, 60, 60, 60, 60]),
         (Cause.GARBLED, True, [1, 2, 4, 8, 16, 32, 60, 60, 60, 60]),
-        (Cause.BROKEN, True, [1, 2, 4, 4, 4, 4, 4, 4, 4, 4]),
+        (Cause.BROKEN, True, [1, 2, 3, 3, 3, 3, 3, 3, 3, 3]),
+        (Cause.REFUSED, True, [1, 2, 3, 3, 3, 3, 3, 3, 3, 3]),
     ],
 )
 def test_exponential(cause: Cause, answered: bool, expected: list[float]) -> None:  # noqa: FBT001 - a parameter
     """Twice as long each time up to a minute, jittered down to a half."""
     assert waits(cause, answered=answered, fraction=1.0) == expected
     assert waits(cause, answered=answered, fraction=0.0) == [each / 2 for each in expected]
+
+
+def test_an_outage_forgets_what_was_bad() -> None:
+    """A server that was away and is back sends us to a LIST: that is waited for as if it were the first time."""
+    pace = Pace(TIMING, 0.0, 0.0)
+    for now in (0.0, 20.0, 40.0):
+        pace.fail(now, 1.0, Cause.GARBLED, 0.0, answered=True)
+    assert pace.due(40.0) == 44.0
+    pace.fail(60.0, 1.0, Cause.UNREACHABLE, 0.0, answered=False)
+    pace.fail(80.0, 1.0, Cause.EXPIRED, 0.0, answered=False)
+    assert pace.due(80.0) == 81.0
+
+
+def test_refused_after_the_release() -> None:
+    """A server that has just started may refuse a little longer: the waits begin anew."""
+    pace = Pace(TIMING, 0.0, 0.0)
+    for now in (0.0, 20.0, 40.0):
+        pace.fail(now, 1.0, Cause.UNREACHABLE, 0.0, answered=False)
+    assert pace.due(40.0) == 44.0
+    pace.release(41.0, 0.0)
+    pace.fail(60.0, 1.0, Cause.REFUSED, 0.0, answered=False)
+    assert pace.due(60.0) == 61.0
 
 
 def test_far_beyond() -> None:

@@ -249,8 +249,29 @@ def test_lost_watch_goes_on() -> None:
     reflection = watching()
     for cause in (Cause.BROKEN, Cause.UNREACHABLE, Cause.UNAUTHORIZED, Cause.REFUSED):
         reflection.fail(cause)
+        page(reflection, 100)
         assert asked(reflection)["watch"] == "1"
         assert asked(reflection)["resourceVersion"] == "100"
+
+
+def test_back_with_an_older_state() -> None:
+    """A server that was away may have been restored from a backup: a list of one tells how far it is."""
+    reflection = watching(100, raw_node("a", 90))
+    reflection.fail(Cause.UNREACHABLE)
+    for version in (100, 130):
+        request = reflection.request(0.0)
+        assert (request.target, request.watch, request.check) == ("/api/v1/nodes?limit=1", False, True)
+        assert page(reflection, version, raw_node("b", 95), follows="more") == []
+        assert asked(reflection)["resourceVersion"] == "100"
+        assert asked(reflection)["watch"] == "1"
+        reflection.fail(Cause.UNREACHABLE)
+    assert asked(reflection) == {"limit": "1"}
+    with pytest.raises(ClusterError, match="older state") as caught:
+        page(reflection, 99)
+    reflection.fail(caught.value.cause)
+    assert asked(reflection) == {"limit": "500"}
+    assert page(reflection, 99, raw_node("b", 95)) == [change("b", node("b")), change("a", None)]
+    assert asked(reflection)["resourceVersion"] == "99"
 
 
 def test_a_watch_in_which_nothing_was_heard() -> None:
