@@ -175,9 +175,13 @@ class _Shared:
         `asked` is when the scout asked that found it back: who asked before it and has heard nothing may have asked
         what is no longer there.
         """
-        now = self.back_since = time.monotonic()
+        now = time.monotonic()
+        if self.scout_failed:
+            self.back_since = now
         for each in self.reflectors:
-            if each.waits and (each.was_unreachable or self.scout_failed):
+            # Who had no connection is let go even if the scout never failed, but once: its own requests may break it.
+            if each.waits and (self.scout_failed or (each.was_unreachable and not each.was_released)):
+                each.was_released = True
                 each.pace.release(now, _fraction())
             elif self.scout_failed and each.unanswered and each.asked < asked:
                 each.client.abort()
@@ -224,6 +228,8 @@ class _Reflector:
         self.asked = 0.0
         self.unanswered = False
         """Whether the answer to what was asked has not begun."""
+        self.was_released = False
+        """Whether its wait was ended since its last good answer."""
         self.was_unreachable = False
         self._shared = shared
         self._timing = timing
@@ -350,6 +356,7 @@ class _Reflector:
         """Take note of a good answer, which only began or was `served`: what others wait for may be over as well."""
         with self._shared.changed:
             self.pace.answer()
+            self.was_released = False
             self._shared.uid_wanted = True
             if self.was_unreachable or (served and self._shared.scout_failed):
                 self.was_unreachable = False

@@ -119,7 +119,7 @@ class Connection:
         try:
             # Reads the token again when it is due.
             for setting in self._configuration.auth_settings().values():
-                headers[setting["key"]] = setting["value"]
+                headers[setting["key"]] = setting["value"].strip()
             response = self._manager.request(
                 "GET",
                 self._configuration.host + target,
@@ -173,6 +173,9 @@ class Connection:
                 text = f"the name of {self._host} cannot be resolved; does DNS work here?"
             case ProtocolError(args=(_, HTTPException() as inner)) if not isinstance(inner, OSError):
                 text = f"{self._host} answers what is no HTTP: {_reason(error)}"
+            case ValueError() if not isinstance(error, (HTTPError, OSError)):
+                # What http.client says of a header that it does not send holds the token.
+                text = f"no request to {self._host} can be made: are the credentials one line of text?"
             case _:
                 text = f"{self._host} cannot be reached: {_reason(error)}"
         return ClusterError(text, Cause.UNREACHABLE)

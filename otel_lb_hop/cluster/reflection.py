@@ -29,6 +29,9 @@ WATCH_SPREAD_SECONDS: Final = 10
 """Watches are short on purpose: a half-open connection is found soon even behind a proxy that keeps it alive, which
 bookmarks, one a minute, would not do."""
 
+ERRORS_TO_RELIST: Final = 10
+"""So many errors in a row, and the server may never get past that version, as with an event that it cannot decode."""
+
 _SHOWN = 300
 _CAUSES = {400: Cause.AHEAD, 401: Cause.UNAUTHORIZED, 410: Cause.EXPIRED}
 _HINTS = {
@@ -80,6 +83,7 @@ class Reflection:
         """Whether the server was away and may be back with the state of a backup: it takes a watch from a version that
         it has yet to come to, and says nothing until then."""
         self._heard = False
+        self._errors = 0
         self._has_bookmarks = False
         self._wish = _List.ANY
         self._continue = ""
@@ -160,7 +164,11 @@ class Reflection:
             raise ClusterError("an undecodable line in the watch", Cause.GARBLED) from error
         if kind == "ERROR":
             self._heard = True
-            raise status_error(raw, None, 0.0, f"watch {self.kind.resource}")
+            self._errors += 1
+            told = status_error(raw, None, 0.0, f"watch {self.kind.resource}")
+            if self._errors % ERRORS_TO_RELIST == 0:
+                told.cause = Cause.GARBLED
+            raise told
         version = _version(raw)
         if kind not in _EVENTS or not version:
             raise ClusterError("an event of unknown type in the watch", Cause.GARBLED)
@@ -169,18 +177,18 @@ class Reflection:
             if key is not None:
                 self._put(key, None if kind == "DELETED" else value)
         self._version = version
+        self._errors = 0
         self._heard = True
         self._has_bookmarks |= kind == "BOOKMARK"
 
     def end_watch(self) -> None:
         """Take note that a watch lasted as long as it was asked to.
 
-        A server that sends bookmarks sends one shortly before the end (apiserver, cacher/cache_watcher.go). If it sent
-        nothing, it has never heard of our version, as after a backup of etcd was restored, and waits until it comes to
-        it; a LIST finds out.
+        A server that sends bookmarks sends one shortly before the end, if its version has gone on (apiserver,
+        cacher/cache_watcher.go). If it sent nothing, it may have been restored from a backup, and wait until it comes
+        to our version: a LIST of one object finds out.
         """
-        if self._has_bookmarks and not self._heard:
-            self._watching = False
+        self._doubt |= self._has_bookmarks and not self._heard
 
     def fail(self, cause: Cause) -> None:
         """Take note that the request failed; what was held stays held."""

@@ -407,6 +407,16 @@ def test_one_success_releases_the_others(api: FakeApi, tmp_path: Path) -> None:
         consumer.until(consumer.well)
 
 
+def test_a_resource_that_breaks_its_own_connection_is_let_go_once(api: FakeApi, tmp_path: Path) -> None:
+    """The scout sees a server that is well all along: after one more try that resource's wait stands."""
+    api.moods[SERVICES] = lambda handler: handler.connection.shutdown(2)
+    with Consumer(api, tmp_path, SLOW_BACK_OFF._replace(scout_interval=0.1)) as consumer:
+        consumer.until(lambda: api.count(SERVICES) == 2)
+        consumer.until(lambda: api.count(f"{NODES}/n1") >= 2)
+        time.sleep(0.5)
+        assert api.count(SERVICES) == 2
+
+
 @pytest.mark.parametrize("status", [403, 404])
 def test_no_right_to_see_the_cluster_uid(api: FakeApi, tmp_path: Path, status: int) -> None:
     """Then there is none, for ever, and nothing is said of it."""

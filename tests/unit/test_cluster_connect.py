@@ -125,6 +125,7 @@ def test_several_kubeconfigs(api: FakeApi, tmp_path: Path) -> None:
     ("user", "sent"),
     [
         ({"token": "t"}, "Bearer t"),
+        ({"token": "t\n"}, "Bearer t"),
         ({"username": "u", "password": "p"}, "Basic dTpw"),
         ({}, None),
     ],
@@ -174,6 +175,15 @@ def test_no_handshake(tls_api: FakeApi, tmp_path: Path, monkeypatch: pytest.Monk
         error = failure(lambda: get(connect()))
     assert error.cause is Cause.UNREACHABLE
     assert str(error) == f"{tls_api.url} cannot be reached: no TLS handshake in 0.2 s"
+
+
+def test_a_token_of_two_lines(api: FakeApi, tmp_path: Path) -> None:
+    """It cannot be sent, and is not told to anybody."""
+    connection = connector(ApiConfig(write_kubeconfig(tmp_path / "config", api.url, token="sec\nret")))()  # noqa: S106
+    error = failure(lambda: get(connection))
+    assert error.cause is Cause.UNREACHABLE
+    assert "are the credentials one line of text?" in str(error)
+    assert "sec" not in str(error)
 
 
 def test_dropped_before_the_answer(api: FakeApi, tmp_path: Path) -> None:

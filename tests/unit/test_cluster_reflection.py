@@ -275,7 +275,7 @@ def test_back_with_an_older_state() -> None:
 
 
 def test_a_watch_in_which_nothing_was_heard() -> None:
-    """Where bookmarks come, a whole watch without a word means a server that does not know our version: it is asked."""
+    """Where bookmarks come, a whole watch without a word may mean a server with an older state: one object is asked."""
     reflection = watching()
     asked(reflection)
     reflection.end_watch()
@@ -284,14 +284,35 @@ def test_a_watch_in_which_nothing_was_heard() -> None:
     reflection.end_watch()
     assert asked(reflection)["resourceVersion"] == "101"
     reflection.end_watch()
-    assert asked(reflection) == {"resourceVersion": "101", "resourceVersionMatch": "NotOlderThan"}
-    reflection.fail(Cause.AHEAD)
+    assert asked(reflection) == {"limit": "1"}
+    assert page(reflection, 105, raw_node("b", 3)) == []
+    assert asked(reflection)["resourceVersion"] == "101"
+    reflection.end_watch()
+    assert asked(reflection) == {"limit": "1"}
+    with pytest.raises(ClusterError, match="older state") as caught:
+        page(reflection, 7, raw_node("a", 5))
+    reflection.fail(caught.value.cause)
     assert asked(reflection) == {"limit": "500"}
     assert page(reflection, 7, raw_node("a", 5)) == [change("a", node("a"))]
     assert asked(reflection)["resourceVersion"] == "7"
     lines(reflection, event("MODIFIED", raw_node("a", 8, "z2")))
     reflection.end_watch()
     assert asked(reflection)["resourceVersion"] == "8"
+
+
+def test_a_version_that_a_watch_never_gets_past() -> None:
+    """After ten errors in a row it is listed again: there may be an event that the server cannot tell."""
+    reflection = watching()
+    error = {"kind": "Status", "code": 500, "message": "no key for it"}
+    causes = []
+    for _ in range(10):
+        asked(reflection)
+        with pytest.raises(ClusterError) as caught:
+            lines(reflection, event("ERROR", error))
+        causes.append(caught.value.cause)
+        reflection.fail(caught.value.cause)
+    assert causes == [Cause.REFUSED] * 9 + [Cause.GARBLED]
+    assert asked(reflection) == {"resourceVersion": "100", "resourceVersionMatch": "NotOlderThan"}
 
 
 @pytest.mark.parametrize("cause", [Cause.EXPIRED, Cause.GARBLED])
