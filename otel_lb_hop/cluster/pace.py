@@ -27,11 +27,11 @@ class Timing(NamedTuple):
     and unlike other waits this one is not ended by the scout."""
     lasting: float = 10.0
     """After so long a watch was a success, and what failed before is forgotten."""
-    release_spread: float = 0.8
+    release_spread: float = 0.6
     patience: float = 3.0
     """A wait longer than this calls for the scout."""
-    scout_interval: float = 2.0
-    scout_spread: float = 0.8
+    scout_interval: float = 1.6
+    scout_spread: float = 0.6
     """From question to question; with `release_spread` and a turn of the main loop less than 5 s."""
     watch_head: float = 10.0
     """A watch answers at once, before it has anything to tell."""

@@ -26,6 +26,7 @@ from tests.lab.waiting import wait_for
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from otel_lb_hop.model import VipPort
     from tests.cluster.api import Object
     from tests.cluster.control_plane import ControlPlane
     from tests.cluster.scene import Scene
@@ -73,11 +74,15 @@ def test_cluster_and_local_side_by_side(scene: Scene) -> None:
         "node1": {"local": 0, "same_zone": 0, "other_zone": 1},
         "node2": {"local": 1, "same_zone": 0, "other_zone": 0},
     }
-    hops = {vip_port: Counter(map(hop, scene.deliver(vip_port))) for vip_port in (both, far, local)}
-    assert {*hops[both]} == {("node1", "node1"), ("node1", "node2"), ("node2", "node1"), ("node2", "node2")}
-    assert {*hops[far]} == {("node1", "node2"), ("node2", "node2")}
-    assert {*hops[local]} == {("node1", "node1"), ("node2", "node2")}
+    assert hops(scene, both) == {("node1", "node1"), ("node1", "node2"), ("node2", "node1"), ("node2", "node2")}
+    assert hops(scene, far) == {("node1", "node2"), ("node2", "node2")}
+    assert hops(scene, local) == {("node1", "node1"), ("node2", "node2")}
     scene.check()
+
+
+def hops(scene: Scene, vip_port: VipPort) -> set[tuple[str, str]]:
+    """Send 46 connections: that one of four ways stays without any happens once in 100,000 times."""
+    return {hop(each) for _ in range(2) for each in scene.deliver(vip_port)}
 
 
 def hop(told: truth.Told) -> tuple[str, str]:
