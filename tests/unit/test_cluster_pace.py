@@ -186,9 +186,9 @@ def test_release() -> None:
         pace.fail(0.0, 1.0, Cause.UNREACHABLE, 0.0, answered=False)
     assert pace.due(10.0) == 60.0
     pace.release(10.0, 0.5)
-    assert pace.due(10.0) == 10.4
+    assert pace.due(10.0) == 10.3
     pace.release(10.3, 1.0)
-    assert pace.due(10.3) == 10.4
+    assert pace.due(10.3) == 10.3
 
 
 def failed(pace: Pace, cause: Cause, *, answered: bool) -> float:
