@@ -16,7 +16,7 @@ from otel_lb_hop.errors import ConfigError, Problem
 if TYPE_CHECKING:
     from otel_lb_hop.config import SignalConfig
 
-POINTS_PER_MESSAGE = 1_000
+POINTS_PER_MESSAGE = 500
 """A point takes some 400 bytes, a Collector's gRPC server 4 MiB a message: 5,000 Services are more than that. And the
 encoder needs many times the memory of what it encodes."""
 
