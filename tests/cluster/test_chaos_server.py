@@ -210,6 +210,9 @@ def test_older_state(cluster: Cluster) -> None:
         made = cluster.connect(agent)
         plane.stop(signals.SIGKILL)
         plane._terminate("etcd", signals.SIGKILL)
+        # A server that goes and comes back between two requests is found out only by its bookmarks, minutes later.
+        missed = "cannot be reached"
+        wait_for("a server that is missed", lambda: sum(missed in text for text in errors(agent).values()) == 3, 30)
         shutil.rmtree(data)
         backup.rename(data)
         plane._run_etcd()
