@@ -281,10 +281,11 @@ class Scene:
             return []
         with path.open("rb") as file:
             file.seek(self._done_bytes)
-            # The last line may be half written.
-            lines = [line for line in file if line.endswith(b"\n")]
-        self._seen_bytes = self._done_bytes + sum(map(len, lines))
-        return log_records(map(json.loads, lines))
+            whole = file.read()
+        # The last line may be half written. (Line by line, its other half could come as a line of its own.)
+        end = whole.rfind(b"\n") + 1
+        self._seen_bytes = self._done_bytes + end
+        return log_records(map(json.loads, whole[:end].splitlines()))
 
     def forget_records(self) -> None:
         """Be done with the records that were looked at, and with the expected ones."""
