@@ -18,7 +18,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-import grpc  # type: ignore[import-untyped]
+import grpc
 
 from otel_lb_hop.core.layout import BACKEND_KEY, VIP_KEY, VIP_VALUE, pack_port
 from otel_lb_hop.kernel import bpf
