@@ -1,7 +1,7 @@
-"""Exporters of the SDK and of plugins, chosen by the standard `OTEL_*` variables.
+"""Exporters of the SDK and of plugins as sinks, for the names in `OTEL_{METRICS,LOGS,TRACES}_EXPORTER` but `otlp`.
 
-Names are entry points of the groups that the OpenTelemetry SDK defines; `otlp` is the OTLP exporter of the
-protocol that was configured. Endpoint, headers, TLS, compression and time-outs are read by the exporters themselves.
+Names are entry points of the groups that the OpenTelemetry SDK defines; `otlp_proto_grpc` and `otlp_proto_http` are
+the SDK's own OTLP. Their settings are read by the exporters themselves.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from otel_lb_hop.errors import ConfigError, Problem
+from otel_lb_hop.export.backlog import FAILED
+from otel_lb_hop.export.delivery import Reply
 
 if TYPE_CHECKING:
-    from otel_lb_hop.config import SignalConfig
+    from otel_lb_hop.export.delivery import Chunk, Sink
 
 POINTS_PER_MESSAGE = 500
 """A point takes some 400 bytes, a Collector's gRPC server 4 MiB a message: 5,000 Services are more than that. And the
@@ -44,29 +46,61 @@ class _Stdout:
 _STDOUT = _Stdout()
 
 
-def make_exporters(signal: str, config: SignalConfig) -> list[Any]:
-    """Make the exporters of one signal: `metrics`, `logs` or `traces`.
+class _SdkSink:
+    """One exporter. The payload of a chunk is what it takes: log records or spans in a list, or one MetricsData.
+
+    Exporters retry by themselves, within their own time-out; what they give up is lost.
+    """
+
+    def __init__(self, signal: str, name: str, exporter: Any) -> None:  # noqa: ANN401 - any exporter of any plugin
+        self.name = name
+        self.place = ""
+        self._signal = signal
+        self._exporter = exporter
+
+    def send(self, chunks: list[Chunk], timeout_seconds: float | None = None) -> Reply:
+        """Export once, and raise what a plugin raises; only exporters of metrics can be given a time-out.
+
+        They also take one snapshot at a time, and so one chunk.
+        """
+        if self._signal == "metrics":
+            (snapshot,) = chunks
+            options = {} if timeout_seconds is None else {"timeout_millis": timeout_seconds * 1e3}
+            result = self._exporter.export(snapshot.payload, **options)
+        else:
+            result = self._exporter.export([item for chunk in chunks for item in chunk.payload])
+        if result.name == "SUCCESS":
+            return Reply(taken=True)
+        what = f"{type(self._exporter).__name__} answered {result.name}: is its Collector there?"
+        return Reply(taken=False, detail=what, reason=FAILED)
+
+    def close(self) -> None:
+        """End the exporter; it takes as long as it likes, so the shipper calls this in a thread that may be left."""
+        self._exporter.shutdown()
+
+
+def make_sdk_sink(signal: str, name: str) -> Sink:
+    """Make the sink of one exporter of a signal: `metrics`, `logs` or `traces`.
 
     Raises ConfigError for a name that is not installed or an exporter that refuses its settings.
     """
-    group = f"opentelemetry_{signal}_exporter"
     variable = f"OTEL_{signal.upper()}_EXPORTER"
-    available = {entry.name: entry for entry in entry_points(group=group)}
-    exporters = []
-    for name in config.exporters:
-        wanted = _OTLP_ENTRY_POINT[config.protocol] if name == "otlp" else name
-        if wanted not in available:
-            raise ConfigError([Problem(variable, name, f"otlp, none, or one of {', '.join(sorted(available))}")])
-        try:
-            exporters.append(available[wanted].load()(**_options(signal, name)))
-        except Exception as error:
-            # Whatever a plugin's constructor raises is about its settings, and the operator has to read it.
-            problem = Problem(variable, name, f"an exporter that starts with its OTEL_EXPORTER_* settings: {error}")
-            raise ConfigError([problem]) from error
-    return exporters
+    available = {entry.name: entry for entry in entry_points(group=f"opentelemetry_{signal}_exporter")}
+    if name not in available:
+        known = ", ".join(sorted({"none", "otlp", *available}))
+        raise ConfigError([Problem(variable, name, f"one or more of {known}")])
+    try:
+        exporter = available[name].load()(**_sink_options(signal, name))
+    except Exception as error:
+        # Whatever a plugin's constructor raises is about its settings, and the operator has to read it.
+        problem = Problem(variable, name, f"an exporter that starts with its own settings: {error}")
+        raise ConfigError([problem]) from error
+    return _SdkSink(signal, name, exporter)
 
 
-def _options(signal: str, name: str) -> dict[str, Any]:
+def _sink_options(signal: str, name: str) -> dict[str, Any]:
     if name == "console":
         return {"out": _STDOUT}
-    return {"max_export_batch_size": POINTS_PER_MESSAGE} if (signal, name) == ("metrics", "otlp") else {}
+    if signal == "metrics" and name in _OTLP_ENTRY_POINT.values():
+        return {"max_export_batch_size": POINTS_PER_MESSAGE}
+    return {}

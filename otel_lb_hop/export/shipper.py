@@ -1,182 +1,269 @@
-"""Carries records to exporters: a bounded queue for each signal, the newest kept, every loss counted by reason.
+"""Carries chunks to one sink: a queue and a daemon thread for each (signal, sink), every loss counted by reason.
 
-A thread of its own per signal calls the exporters, so that a Collector that hangs holds up nothing else. The
-exporters retry by themselves until their own time-out; what they then refuse is lost, and counted here.
+A sink that hangs holds up nothing but its own queue. What may be taken later is sent again, with back-off, for as long
+as newer chunks leave it room (records) or until a newer snapshot says more (metrics); there is no other limit. What
+is kept, what gives way and when the next attempt begins is decided in `backlog`, where the reasons are listed too.
 """
 
 from __future__ import annotations
 
 import logging
+import random
 import threading
 import time
-from collections import Counter, deque
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+from otel_lb_hop.export.backlog import FAILED, Backlog, Backoff, Snapshots
+from otel_lb_hop.export.delivery import Reply
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from otel_lb_hop.core.ledger import Stage
+    from otel_lb_hop.export.backlog import Books, Store
+    from otel_lb_hop.export.delivery import Chunk, Sink
+
 log = logging.getLogger(__name__)
 
-QUEUE_RECORDS = 16_384
-BATCH_RECORDS = 512
+REQUEST_BYTES = 2 * 2**20
+"""Of chunks in one request. A gRPC Collector takes 4 MiB: half of it is left for the envelope, and for sizes that are
+estimates. From 1 MiB on a larger one makes a record no cheaper (64 KiB: three to five times the CPU), but every one is
+a round trip, and all go one after the other; it is a copy while it is sent, so still more would only cost memory."""
 LINGER_SECONDS = 0.5
+"""What is less than a request waits so long for more."""
 SHUTDOWN_RESERVE_SECONDS = 0.2
+"""Of the time to close: for the sink, to let go of what hangs."""
+QUIET_SECONDS = 10.0
+"""Between two lines about trouble of one kind, whatever the other side says each time."""
 
 
-class Ledger(NamedTuple):
-    """offered = exported + Σ dropped + in_flight, at any time."""
+class _Carrier:
+    """The thread that empties a store into a sink."""
 
-    offered: int
-    exported: int
-    dropped: dict[str, int]
-    in_flight: int
-
-
-class Shipper:
-    """One signal's queue and the thread that empties it into the exporters."""
-
-    batch_records = BATCH_RECORDS
-    linger_seconds = LINGER_SECONDS
-    full_reason = "queue_full"
-
-    def __init__(self, signal: str, exporters: Sequence[Any], queue_records: int = QUEUE_RECORDS) -> None:
+    def __init__(
+        self,
+        signal: str,
+        sink: Sink,
+        store: Store,
+        *,
+        linger_seconds: float = 0.0,
+        timeout_seconds: float | None = None,
+    ) -> None:
         self.signal = signal
+        self.name = sink.name
+        """The exporter's."""
         self.last_error: str | None = None
-        self._log = log.getChild(signal)  # to ops.logs, the same line about another signal is another cause
-        self._exporters = exporters
-        self._limit = queue_records
-        self._queue: deque[Any] = deque()
-        self._changed = threading.Condition()
-        self._sending = 0
-        self._offered = 0
-        self._exported = 0
-        self._dropped: Counter[str] = Counter()
+        """What the last attempt failed by; None once all of a request was taken."""
+        self._sink = sink
+        self._target = f"{sink.name} at {sink.place}" if sink.place else sink.name
+        self._store = store
+        self._linger_seconds = linger_seconds
+        self._timeout_seconds = timeout_seconds
+        self._backoff = Backoff()
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)  # the thread waits for it
+        self._settled = threading.Condition(self._lock)  # flushes wait for it
+        self._flushing = 0
         self._stopping = False
-        self._thread = threading.Thread(target=self._run, name=f"ship-{signal}", daemon=True)
-        if exporters:
-            self._thread.start()
+        self._closed = False
+        self._give_up_at: float | None = None
+        self._exported_at: float | None = None
+        self._told: dict[str, tuple[str, float]] = {}
+        self._thread = threading.Thread(target=self._run, name=f"ship-{signal}-{sink.name}", daemon=True)
+        self._thread.start()
 
-    @property
-    def enabled(self) -> bool:
-        """Whether anything is listening; without exporters nothing should be offered."""
-        return bool(self._exporters)
+    def books(self) -> Books:
+        """Tell what became of all items that were offered."""
+        with self._lock:
+            return self._store.items()
 
-    def offer(self, records: Sequence[Any]) -> None:
-        """Queue records; if the queue is full its oldest give way, and are counted."""
-        with self._changed:
-            self._queue.extend(records)
-            self._offered += len(records)
-            excess = len(self._queue) - self._limit
-            for _ in range(excess):
-                self._queue.popleft()
-            if excess > 0:
-                self._dropped[self.full_reason] += excess
-            self._changed.notify()
+    def size_bytes(self) -> Books:
+        """Tell what became of all bytes that were offered."""
+        with self._lock:
+            return self._store.size_bytes()
 
-    def ledger(self) -> Ledger:
-        """Tell what became of everything that was offered."""
-        with self._changed:
-            in_flight = len(self._queue) + self._sending
-            return Ledger(self._offered, self._exported, dict(self._dropped), in_flight)
+    def stages(self) -> tuple[Stage, Stage]:
+        """Give the ledger's stages `queue` and `transport`, of one moment."""
+        with self._lock:
+            return self._store.stages(self.signal, self.name)
+
+    def state(self) -> dict[str, Any]:
+        """Tell an operator, in JSON, how it goes: items by what became of them, bytes that are held, the next try."""
+        with self._lock:
+            now = time.monotonic()
+            held = self._store.size_bytes()
+            retrying = self._backoff.failures > 0
+            return {
+                "exporter": self.name,
+                "error": self.last_error,
+                **self._store.items()._asdict(),
+                "held_bytes": held.queued + held.sending,
+                "failures_in_a_row": self._backoff.failures,
+                "next_try_seconds": round(max(0.0, self._backoff.due - now), 1) if retrying else None,
+                "exported_seconds_ago": None if self._exported_at is None else round(now - self._exported_at, 1),
+            }
 
     def stop(self) -> None:
-        """Send what is queued without waiting for more; returns at once."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify()
+        """Send what is queued without waiting for more; returns at once.
+
+        A wait between attempts ends, unless the other side asked for it.
+        """
+        with self._lock:
+            if not self._stopping:
+                self._stopping = True
+                self._backoff.hurry(time.monotonic())
+            self._work.notify()
 
     def close(self, deadline: float) -> None:
-        """Wait for what is queued until `deadline` (monotonic seconds), then give up and count the rest."""
+        """Send what is queued until `deadline` (monotonic seconds), then give up, count the rest, close the sink.
+
+        Returns earlier if no attempt could begin in time, and in time whatever the sink does.
+        """
         self.stop()
-        if self._thread.is_alive():
-            self._thread.join(max(0.0, deadline - time.monotonic() - SHUTDOWN_RESERVE_SECONDS))
-        with self._changed:
-            # A batch that is still being sent may arrive or not: it is not known to have, so it counts as lost.
-            self._dropped["shutdown"] += len(self._queue) + self._sending
-            self._queue.clear()
-            self._sending = 0
-        # An exporter that hangs may block its own shutdown: in a daemon thread it ends with the process.
-        enders = [threading.Thread(target=exporter.shutdown, daemon=True) for exporter in self._exporters]
-        for ender in enders:
-            ender.start()
-        for ender in enders:
-            ender.join(max(0.0, deadline - time.monotonic()))
+        with self._lock:
+            self._give_up_at = deadline - SHUTDOWN_RESERVE_SECONDS
+            self._work.notify()
+        self._thread.join(max(0.0, self._give_up_at - time.monotonic()))
+        with self._lock:
+            self._closed = True
+            self._store.abandon()
+            self._settled.notify_all()
+        # A sink that hangs may block its own end: in a daemon thread it ends with the process.
+        closer = threading.Thread(target=self._close_sink, name=f"close-{self.signal}-{self.name}", daemon=True)
+        closer.start()
+        closer.join(max(0.0, deadline - time.monotonic()))
+
+    def _close_sink(self) -> None:
+        try:
+            self._sink.close()
+        except Exception as error:  # noqa: BLE001 - a plugin may raise anything; there is nothing left to save
+            log.warning("%s: %s did not end well: %s: %s", self.signal, self.name, type(error).__name__, error)
 
     def _run(self) -> None:
-        while batch := self._next_batch():
-            sent = self._export(batch)
-            with self._changed:
-                if not self._sending:
-                    return  # closed meanwhile, and counted there
-                self._sending = 0
-                if sent:
-                    self._exported += len(batch)
-                else:
-                    self._dropped["export_failed"] += len(batch)
+        while request := self._next_request():
+            reply = self._send(request)
+            with self._lock:
+                if self._closed:
+                    return  # and counted there
+                self._settle(reply)
+                self._settled.notify_all()
+            self._tell(reply)
 
-    def _next_batch(self) -> list[Any]:
-        """Wait for a batch; an empty one means that there will be no more."""
-        with self._changed:
-            while not self._queue and not self._stopping:
-                self._changed.wait()
-            if not self._stopping and len(self._queue) < self.batch_records:
-                self._changed.wait_for(
-                    lambda: self._stopping or len(self._queue) >= self.batch_records, timeout=self.linger_seconds
+    def _next_request(self) -> list[Chunk]:
+        """Wait for a request; an empty one means that there will be no more."""
+        with self._lock:
+            while True:
+                self._work.wait_for(lambda: self._store.waiting or self._stopping)
+                if not self._store.waiting:
+                    return []
+                self._work.wait_for(
+                    lambda: self._store.urgent or self._stopping or self._flushing, timeout=self._linger_seconds
                 )
-            batch = [self._queue.popleft() for _ in range(min(self.batch_records, len(self._queue)))]
-            self._sending = len(batch)
-            return batch
+                while (wait_seconds := self._backoff.due - time.monotonic()) > 0:
+                    if self._give_up_at is not None and self._backoff.due >= self._give_up_at:
+                        return []
+                    self._work.wait(wait_seconds)
+                if request := self._store.take():
+                    return request
 
-    def _export(self, batch: list[Any]) -> bool:
-        """Give a batch to every exporter; it counts as exported if all of them took it."""
-        good = True
-        for exporter in self._exporters:
+    def _send(self, request: list[Chunk]) -> Reply:
+        try:
+            return self._sink.send(request, self._timeout_seconds)
+        except BaseException as error:  # noqa: BLE001 - a plugin may raise anything; the agent goes on
+            return Reply(taken=False, reason=FAILED, detail=f"{type(error).__name__}: {error}")
+
+    def _settle(self, reply: Reply) -> None:
+        again = self._store.settle(reply)
+        now = time.monotonic()
+        if again:
+            self._backoff.fail(now, random.random(), reply.retry_after_seconds)  # noqa: S311 - no secret
+        else:
+            self._backoff.succeed()
+        if reply.taken:
+            self._exported_at = now
+        whole = reply.taken and reply.rejected <= 0
+        self.last_error = None if whole else reply.detail or "no reason was given"
+
+    def _tell(self, reply: Reply) -> None:
+        """Log what an operator has to know: once while it stays the same, and not more often than is bearable."""
+        text = reply.detail or "no reason was given"
+        if not reply.taken:
+            what = "not taken, kept to be sent again" if reply.retry else f"{reply.reason}, lost"
+        elif reply.rejected > 0:
+            what = "taken, some rejected"
+        elif reply.detail:
+            what = "taken, with a warning"
+        else:
+            self._told = {what: ("", told_at) for what, (_, told_at) in self._told.items()}
+            return
+        told, told_at = self._told.get(what, ("", -QUIET_SECONDS))
+        now = time.monotonic()
+        if text != told and now >= told_at + QUIET_SECONDS:
+            self._told[what] = text, now
+            log.warning("%s: %s: %s: %s", self.signal, self._target, what, text)
+
+
+class Shipper(_Carrier):
+    """Records of one signal to one sink: `limit_bytes` at most, with what is being sent; the newest are kept."""
+
+    def __init__(
+        self,
+        signal: str,
+        sink: Sink,
+        limit_bytes: int,
+        *,
+        request_bytes: int = REQUEST_BYTES,
+        linger_seconds: float = LINGER_SECONDS,
+    ) -> None:
+        self._backlog = Backlog(limit_bytes, request_bytes)
+        super().__init__(signal, sink, self._backlog, linger_seconds=linger_seconds)
+
+    def offer(self, chunks: Sequence[Chunk]) -> None:
+        """Queue chunks; where they do not fit, the oldest give way. Never waits for the sink."""
+        with self._lock:
+            self._backlog.offer(chunks)
+            if self._closed:
+                self._backlog.abandon()
+            self._work.notify()
+
+    def flush(self, deadline: float) -> bool:
+        """Send now what is queued; answers, by `deadline` (monotonic seconds), whether the other side took all of it.
+
+        False if anything was lost that was offered before this call, unless an earlier flush has told that already.
+        """
+        with self._lock:
+            flush = self._backlog.watch()
+            self._flushing += 1
+            self._work.notify()
             try:
-                result = self._send(exporter, batch).name
-            except Exception as error:  # noqa: BLE001 - a plugin may raise or answer anything; the agent goes on
-                good = self._note(f"{type(error).__name__}: {error}")
-                continue
-            if result != "SUCCESS":
-                good = self._note(f"{type(exporter).__name__} answered {result}: is its Collector there?")
-        if good:
-            self.last_error = None
-        return good
-
-    def _send(self, exporter: Any, batch: list[Any]) -> Any:  # noqa: ANN401 - any exporter's own result class
-        return exporter.export(batch)
-
-    def _note(self, error: str) -> bool:
-        if error != self.last_error:
-            self._log.warning("%s could not be exported: %s", self.signal, error)
-        self.last_error = error
-        return False
+                in_time = self._settled.wait_for(
+                    lambda: self._backlog.settled(flush), timeout=max(0.0, deadline - time.monotonic())
+                )
+            finally:
+                self._flushing -= 1
+                self._backlog.unwatch(flush)
+            return in_time and not flush.lost
 
 
-class Snapshotted(NamedTuple):
-    """One export of metrics and the time of its snapshot."""
+class MetricsShipper(_Carrier):
+    """Metrics to one sink, in data points: the newest snapshot only, since a cumulative one says all that older would.
 
-    data: Any
-    taken_ns: int
+    No attempt takes longer than `timeout_seconds`.
+    """
 
+    def __init__(self, sink: Sink, timeout_seconds: float) -> None:
+        self._snapshots = Snapshots()
+        super().__init__("metrics", sink, self._snapshots, timeout_seconds=timeout_seconds)
 
-class MetricsShipper(Shipper):
-    """The metrics' way: only the newest snapshot waits, since a cumulative one says all that the older would."""
+    @property
+    def exported_ns(self) -> int:
+        """Time of the newest snapshot that was taken whole; 0 before the first."""
+        return self._snapshots.exported_ns
 
-    batch_records = 1
-    linger_seconds = 0.0
-    full_reason = "superseded"
-
-    def __init__(self, exporters: Sequence[Any], timeout_ms: int) -> None:
-        self._timeout_ms = timeout_ms
-        self.exported_ns = 0
-        """Time of the newest snapshot that every exporter took."""
-        super().__init__("metrics", exporters, queue_records=1)
-
-    def _send(self, exporter: Any, batch: list[Any]) -> Any:  # noqa: ANN401 - as above
-        return exporter.export(batch[0].data, timeout_millis=self._timeout_ms)
-
-    def _export(self, batch: list[Any]) -> bool:
-        good = super()._export(batch)
-        if good:
-            self.exported_ns = batch[0].taken_ns
-        return good
+    def offer(self, chunks: Sequence[Chunk], taken_ns: int) -> None:
+        """Queue a snapshot, each chunk a request of its own; one that did not get through gives way to it."""
+        with self._lock:
+            self._snapshots.offer(chunks, taken_ns)
+            if self._closed:
+                self._snapshots.abandon()
+            self._work.notify()

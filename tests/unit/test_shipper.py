@@ -1,111 +1,104 @@
-"""The queues to the exporters: what is kept, what is lost and counted, and that everything ends."""
+"""The threads to the sinks: what arrives, what is lost and counted, and that everything ends in time."""
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
-from enum import Enum
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import pytest
 
-from otel_lb_hop.export.shipper import Ledger, MetricsShipper, Shipper, Snapshotted
+import otel_lb_hop.export.shipper
+from otel_lb_hop.core.ledger import Ledger
+from otel_lb_hop.export.backlog import Books
+from otel_lb_hop.export.delivery import Chunk, Reply
+from otel_lb_hop.export.shipper import MetricsShipper, Shipper
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 PATIENCE_SECONDS = 10.0
+QUICK_SECONDS = 0.01
+LIMIT_BYTES = 1_000
+
+TAKEN = Reply(taken=True)
+AGAIN = Reply(taken=False, retry=True, detail="come back later")
+REFUSED = Reply(taken=False, detail="not here")
+
+Step = Reply | BaseException
+"""What one attempt comes to; at the end of a script everything is taken."""
 
 
-class Result(Enum):
-    """What exporters answer: the SDK has such a class for each signal."""
+class ScriptedSink:
+    """Answers by a script, and remembers what it was given, what of that it took, and when."""
 
-    SUCCESS = 0
-    FAILURE = 1
+    name = "otlp"
+    place = ""
 
-
-class FakeExporter:
-    """Takes batches and remembers them."""
-
-    def __init__(self) -> None:
-        self.batches: list[Any] = []
+    def __init__(self, *script: Step) -> None:
+        self.script = list(script)
+        self.attempts: list[list[object]] = []
         self.timeouts: list[float | None] = []
+        self.times: list[float] = []
+        self.taken: list[object] = []
         self.closed = threading.Event()
 
-    def export(self, batch: Any, timeout_millis: float | None = None) -> Any:  # noqa: ANN401 - each its own result
-        """Take one batch."""
-        self.batches.append(batch)
-        self.timeouts.append(timeout_millis)
-        return self.answer()
+    def send(self, chunks: list[Chunk], timeout_seconds: float | None = None) -> Reply:
+        """Answer the next of the script."""
+        self.times.append(time.monotonic())
+        self.timeouts.append(timeout_seconds)
+        payloads = [chunk.payload for chunk in chunks]
+        self.attempts.append(payloads)
+        step = self.script.pop(0) if self.script else TAKEN
+        if isinstance(step, BaseException):
+            raise step
+        if step.taken:
+            self.taken += payloads
+        return step
 
-    def answer(self) -> Any:  # noqa: ANN401 - a wrong plugin answers anything
-        """Say how it went."""
-        return Result.SUCCESS
-
-    def shutdown(self) -> None:
+    def close(self) -> None:
         """Note that it is over."""
         self.closed.set()
 
-    @property
-    def records(self) -> list[Any]:
-        """All that arrived, in order."""
-        return [record for batch in self.batches for record in batch]
 
-
-class FailingExporter(FakeExporter):
-    """Answers that it failed, as long as `failing`."""
-
-    failing = True
-
-    def answer(self) -> Result:
-        """Say how it went."""
-        return Result.FAILURE if self.failing else Result.SUCCESS
-
-
-class RaisingExporter(FakeExporter):
-    """Breaks in every way a plugin can."""
-
-    def answer(self) -> Result:
-        """Raise."""
-        raise ValueError(f"broken {len(self.batches)}")
-
-
-class NonsenseExporter(FakeExporter):
-    """Answers nothing, as a plugin whose author forgot the return does."""
-
-    def answer(self) -> None:
-        """Answer nothing."""
-
-
-class HangingExporter(FakeExporter):
-    """Hangs in every export until it is let go."""
+class HangingSink(ScriptedSink):
+    """Hangs in every attempt until it is let go, or closed, which it says was no success."""
 
     def __init__(self) -> None:
         super().__init__()
         self.entered, self.go_on = threading.Semaphore(0), threading.Event()
 
-    def answer(self) -> Result:
+    def send(self, chunks: list[Chunk], timeout_seconds: float | None = None) -> Reply:
         """Hang."""
         self.entered.release()
         self.go_on.wait(PATIENCE_SECONDS)
-        return Result.SUCCESS
+        return AGAIN if self.closed.is_set() else super().send(chunks, timeout_seconds)
+
+    def close(self) -> None:
+        """Let the call return."""
+        super().close()
+        self.go_on.set()
 
 
-class StubbornExporter(HangingExporter):
-    """Hangs in its shutdown as well."""
+class StubbornSink(HangingSink):
+    """Hangs in its end as well, and in the end says that all was well."""
 
-    def shutdown(self) -> None:
-        """Hang, then note that it is over."""
+    def close(self) -> None:
+        """Hang."""
         self.go_on.wait(PATIENCE_SECONDS)
-        super().shutdown()
 
 
-class QuickShipper(Shipper):
-    """Lingers less than in earnest, and sends small batches."""
+class RudeSink(ScriptedSink):
+    """Raises at its end."""
 
-    linger_seconds = 0.01
-    batch_records = 4
+    def close(self) -> None:
+        """Raise."""
+        super().close()
+        raise OSError("no way")
 
 
 @pytest.fixture(autouse=True)
@@ -124,247 +117,507 @@ def wait_until(condition: Callable[[], object]) -> None:
         time.sleep(0.002)
 
 
-def adds_up(ledger: Ledger) -> bool:
-    """Whether nothing is missing and nothing is there twice."""
-    return ledger.offered == ledger.exported + sum(ledger.dropped.values()) + ledger.in_flight
+def make(sink: ScriptedSink, limit_bytes: int = LIMIT_BYTES, linger_seconds: float = QUICK_SECONDS) -> Shipper:
+    """Make a shipper that lingers less than in earnest, and sends at most four chunks of ten bytes at once."""
+    return Shipper("logs", sink, limit_bytes, request_bytes=40, linger_seconds=linger_seconds)
 
 
-def close(shipper: Shipper, seconds: float = PATIENCE_SECONDS) -> Ledger:
-    """Close within a time; gives the last ledger, in which nothing is on its way any more."""
-    started = time.monotonic()
-    shipper.close(started + seconds)
-    assert time.monotonic() - started < max(0.0, seconds) + 0.5
-    ledger = shipper.ledger()
-    assert adds_up(ledger)
-    assert ledger.in_flight == 0
-    return ledger
+def chunks(*payloads: object, items: int = 1) -> list[Chunk]:
+    """Make chunks of ten bytes."""
+    return [Chunk("g", payload, items, 10) for payload in payloads]
 
 
-def lost(ledger: Ledger) -> dict[str, int]:
-    """Give the reasons for which something was lost."""
-    return {reason: count for reason, count in ledger.dropped.items() if count}
+def in_seconds(seconds: float) -> float:
+    """Make a deadline."""
+    return time.monotonic() + seconds
+
+
+def adds_up(shipper: Shipper | MetricsShipper) -> bool:
+    """Whether both books and both stages balance."""
+    items, size_bytes = shipper.books(), shipper.size_bytes()
+    return not Ledger(shipper.stages()).problems() and all(
+        books.offered == books.exported + sum(books.dropped.values()) + books.queued + books.sending
+        for books in (items, size_bytes)
+    )
+
+
+def close(shipper: Shipper | MetricsShipper, seconds: float = PATIENCE_SECONDS) -> Books:
+    """Close within a time; gives the last books, in which nothing is on its way any more."""
+    began = time.monotonic()
+    shipper.close(began + seconds)
+    assert time.monotonic() - began < max(0.0, seconds) + 0.5
+    assert adds_up(shipper)
+    books = shipper.books()
+    assert books.queued == books.sending == 0
+    return books
 
 
 def test_everything_arrives_once_and_in_order() -> None:
-    """What is offered reaches every exporter, in order, in batches no larger than the limit."""
-    exporters = [FakeExporter(), FakeExporter()]
-    shipper = QuickShipper("logs", exporters)
-    assert shipper.enabled
+    """What is offered reaches the sink once, in order, in requests no larger than the limit."""
+    sink = ScriptedSink()
+    shipper = make(sink)
     for start in range(0, 23, 5):
-        shipper.offer(range(start, min(start + 5, 23)))
-    assert close(shipper) == Ledger(23, 23, {"shutdown": 0}, 0)
-    for exporter in exporters:
-        assert exporter.records == list(range(23))
-        assert max(len(batch) for batch in exporter.batches) <= 4
-        assert exporter.closed.wait(PATIENCE_SECONDS)
+        shipper.offer(chunks(*range(start, min(start + 5, 23))))
+    assert close(shipper) == Books(23, 23, {}, 0, 0)
+    assert sink.taken == list(range(23))
+    assert max(len(attempt) for attempt in sink.attempts) <= 4
+    assert sink.closed.is_set()
+    assert sink.timeouts == [None] * len(sink.attempts)
 
 
-def test_full_batches_go_at_once() -> None:
-    """A full batch does not wait for the linger time; what is less than one does."""
-    exporter = FakeExporter()
-    shipper = QuickShipper("logs", [exporter])
-    shipper.linger_seconds = PATIENCE_SECONDS
-    shipper.offer(range(9))
-    wait_until(lambda: len(exporter.batches) == 2)
-    assert exporter.batches == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert shipper.ledger().in_flight == 1
-    started = time.monotonic()
+def test_full_requests_go_at_once() -> None:
+    """A full request does not wait for the linger time; what is less than one does, until the end comes."""
+    sink = ScriptedSink()
+    shipper = make(sink, linger_seconds=PATIENCE_SECONDS)
+    shipper.offer(chunks(*range(9)))
+    wait_until(lambda: len(sink.attempts) == 2)
+    assert sink.attempts == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert shipper.books() == Books(9, 8, {}, 1, 0)
+    began = time.monotonic()
     assert close(shipper).exported == 9
-    assert time.monotonic() - started < PATIENCE_SECONDS / 2
+    assert time.monotonic() - began < PATIENCE_SECONDS / 2
 
 
 def test_linger() -> None:
-    """Less than a batch goes by itself after the linger time."""
-    exporter = FakeExporter()
-    shipper = QuickShipper("logs", [exporter])
-    shipper.offer([1])
-    wait_until(lambda: shipper.ledger().exported == 1)
+    """Less than a request waits for more, and then goes by itself."""
+    sink = ScriptedSink()
+    shipper = make(sink, linger_seconds=0.2)
+    began = time.monotonic()
+    shipper.offer(chunks(1))
+    shipper.offer(chunks(2))
+    wait_until(lambda: shipper.books().exported == 2)
+    assert sink.times[0] - began >= 0.2
+    assert sink.attempts == [[1, 2]]
     close(shipper)
 
 
 def test_newest_are_kept() -> None:
-    """While an exporter is slow the queue holds its limit of the newest; the oldest are counted as lost."""
-    exporter = HangingExporter()
-    shipper = QuickShipper("logs", [exporter], queue_records=3)
-    shipper.offer(["first"])
-    assert exporter.entered.acquire(timeout=PATIENCE_SECONDS)
-    shipper.offer(range(10))
-    shipper.offer([10])
-    assert shipper.ledger() == Ledger(12, 0, {"queue_full": 8}, 4)
-    exporter.go_on.set()
-    assert lost(close(shipper)) == {"queue_full": 8}
-    assert exporter.records == ["first", 8, 9, 10]
+    """While the sink is slow the queue holds the newest, what is on its way included; the oldest are counted."""
+    sink = HangingSink()
+    shipper = make(sink, limit_bytes=40)
+    shipper.offer(chunks("first", items=5))
+    assert sink.entered.acquire(timeout=PATIENCE_SECONDS)
+    shipper.offer(chunks(*range(10)))
+    shipper.offer(chunks(10))
+    assert shipper.books() == Books(16, 0, {"queue_full": 8}, 3, 5)
+    assert shipper.size_bytes() == Books(120, 0, {"queue_full": 80}, 30, 10)
+    sink.go_on.set()
+    assert close(shipper) == Books(16, 8, {"queue_full": 8}, 0, 0)
+    assert sink.taken == ["first", 8, 9, 10]
 
 
-def test_offer_of_more_than_the_queue_holds() -> None:
-    """One offer larger than the queue leaves its newest part."""
-    exporter = HangingExporter()
-    shipper = QuickShipper("logs", [exporter], queue_records=2)
-    shipper.offer(range(100))
-    assert lost(shipper.ledger()) == {"queue_full": 98}
-    exporter.go_on.set()
+def test_sent_again_until_taken() -> None:
+    """What is not taken now is tried until it is, alone or with what came meanwhile, once and in order."""
+    sink = ScriptedSink(AGAIN, AGAIN)
+    shipper = make(sink)
+    shipper.offer(chunks(1, 2))
+    wait_until(lambda: sink.attempts)
+    shipper.offer(chunks(3, 4, 5))
+    wait_until(lambda: shipper.books().exported == 5)
+    assert sink.taken == [1, 2, 3, 4, 5]
+    assert all(later - earlier < 1.5 for earlier, later in pairwise(sink.times))  # 0.4 s is the longest by now
+    assert shipper.last_error is None
+    assert shipper.state()["failures_in_a_row"] == 0
+    assert close(shipper) == Books(5, 5, {}, 0, 0)
+
+
+def test_displaced_while_it_waits() -> None:
+    """In an outage what waits for its next attempt is the oldest, and gives way first."""
+    sink = ScriptedSink(Reply(taken=False, retry=True, retry_after_seconds=0.5))
+    shipper = make(sink, limit_bytes=40)
+    shipper.offer(chunks(1, 2))
+    wait_until(lambda: shipper.last_error)
+    assert shipper.last_error == "no reason was given"
+    shipper.offer(chunks(3, 4, 5))
+    assert shipper.books() == Books(5, 0, {"queue_full": 1}, 3, 1)
+    wait_until(lambda: shipper.books().exported == 4)
+    assert sink.attempts == [[1, 2], [2, 3, 4, 5]]
+    assert sink.times[1] - sink.times[0] >= 0.5
     close(shipper)
-    assert exporter.records == [98, 99]
 
 
 @pytest.mark.parametrize(
-    ("exporter", "error"),
+    ("step", "reason", "error"),
     [
-        (FailingExporter(), "FailingExporter answered FAILURE: is its Collector there?"),
-        (RaisingExporter(), "ValueError: broken 3"),
-        (NonsenseExporter(), "AttributeError: 'NoneType' object has no attribute 'name'"),
+        (REFUSED, "refused", "not here"),
+        (Reply(taken=False, reason="failed", detail="X answered FAILURE"), "failed", "X answered FAILURE"),
+        (ValueError("broken"), "failed", "ValueError: broken"),
+        (SystemExit(3), "failed", "SystemExit: 3"),
+        (Reply(taken=True, rejected=4, detail="too old"), "rejected_partially", "too old"),
+        (Reply(taken=True, rejected=4), "rejected_partially", "no reason was given"),
     ],
 )
-def test_bad_exporters(exporter: FakeExporter, error: str) -> None:
-    """Whatever an exporter does wrong, its batch is counted as lost, the error is kept, and the thread goes on."""
-    shipper = QuickShipper("logs", [exporter])
-    for turn in range(1, 4):
-        shipper.offer(range(4))
-        wait_until(lambda: lost(shipper.ledger()) == {"export_failed": 4 * turn})  # noqa: B023 - called in this turn
-    assert shipper.last_error == error
-    assert close(shipper).exported == 0
-    assert len(exporter.batches) == 3
-
-
-def test_one_bad_exporter_of_two() -> None:
-    """A batch counts as exported only if every exporter took it; the good one gets it all the same."""
-    good, bad = FakeExporter(), RaisingExporter()
-    shipper = QuickShipper("logs", [bad, good])
-    shipper.offer(range(4))
-    assert lost(close(shipper)) == {"export_failed": 4}
-    assert good.records == [0, 1, 2, 3]
-    assert shipper.last_error == "ValueError: broken 1"
-
-
-def test_recovery() -> None:
-    """After the first batch that is taken again, nothing is wrong any more."""
-    exporter = FailingExporter()
-    shipper = QuickShipper("logs", [exporter])
-    shipper.offer(range(4))
-    wait_until(lambda: shipper.last_error)
-    exporter.failing = False
-    shipper.offer(range(4))
+def test_losses(step: Step, reason: str, error: str) -> None:
+    """What is lost is counted by its reason and told; the thread lives, and after the next success all is well."""
+    sink = ScriptedSink(step, step)
+    shipper = make(sink)
+    for turn in (1, 2):
+        shipper.offer(chunks(turn, items=4))
+        wait_until(lambda: shipper.books().dropped == {reason: 4 * turn})  # noqa: B023 - called in this turn
+        assert (shipper.last_error, shipper.state()["error"]) == (error, error)
+    shipper.offer(chunks(3, items=4))
     wait_until(lambda: shipper.last_error is None)
-    ledger = close(shipper)
-    assert (ledger.exported, lost(ledger)) == (4, {"export_failed": 4})
+    assert close(shipper) == Books(12, 4, {reason: 8}, 0, 0)
+    assert len(sink.attempts) == 3
 
 
-def test_an_error_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    """The same error is one line however often it comes, and each signal tells its own."""
-    with caplog.at_level(logging.WARNING):
-        for signal in ("logs", "traces"):
-            shipper = QuickShipper(signal, [FailingExporter()])
-            shipper.offer(range(12))
-            close(shipper)
-    error = "could not be exported: FailingExporter answered FAILURE: is its Collector there?"
-    assert caplog.messages == [f"logs {error}", f"traces {error}"]
-    assert len({each.name for each in caplog.records}) == 2  # so that ops.logs holds neither back
+def test_troubles_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    """The same trouble is one line however often it comes, other words about it come later, another trouble at once."""
+    nasty = [Reply(taken=False, detail=f"not here, request {number}") for number in range(5)]
+    sink = ScriptedSink(
+        *[Reply(taken=False, retry=True, retry_after_seconds=0.0, detail="come back later")] * 2,
+        *[Reply(taken=True, detail="mind the gap")] * 3,
+        *nasty,
+        *[Reply(taken=True, rejected=1, detail="too old")] * 2,
+    )
+    shipper = make(sink)
+    with caplog.at_level(logging.INFO):
+        shipper.offer(chunks(*range(39)))
+        wait_until(lambda: len(sink.attempts) == 12)
+        close(shipper)
+    assert caplog.messages == [
+        "logs: otlp: not taken, kept to be sent again: come back later",
+        "logs: otlp: taken, with a warning: mind the gap",
+        "logs: otlp: refused, lost: not here, request 0",
+        "logs: otlp: taken, some rejected: too old",
+    ]
 
 
-@pytest.mark.parametrize("exporter_class", [HangingExporter, StubbornExporter])
-def test_close_with_a_hanging_exporter(exporter_class: type[HangingExporter]) -> None:
-    """Closing keeps its deadline and counts all that is left as lost; a late success changes nothing."""
-    exporter = exporter_class()
-    shipper = QuickShipper("logs", [exporter])
-    shipper.offer(range(10))
-    assert exporter.entered.acquire(timeout=PATIENCE_SECONDS)
-    ledger = close(shipper, 0.5)
-    assert ledger == Ledger(10, 0, {"shutdown": 10}, 0)
-    exporter.go_on.set()
-    assert exporter.closed.wait(PATIENCE_SECONDS)
+def test_trouble_that_changes_is_told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other words are another line, and the same words are, once all was well between."""
+    monkeypatch.setattr(otel_lb_hop.export.shipper, "QUIET_SECONDS", 0.0)
+    words = ["one", "one", "two", None, "two", "two"]
+    sink = ScriptedSink(*[Reply(taken=False, detail=word) if word else TAKEN for word in words])
+    shipper = make(sink)
+    with caplog.at_level(logging.INFO):
+        shipper.offer(chunks(*range(24)))
+        wait_until(lambda: len(sink.attempts) == 6)
+        close(shipper)
+    assert caplog.messages == [f"logs: otlp: refused, lost: {word}" for word in ("one", "two", "two")]
+
+
+def test_a_warning_is_no_error() -> None:
+    """A request that was taken whole, with a word to it, was exported."""
+    shipper = make(ScriptedSink(Reply(taken=True, detail="mind the gap")))
+    shipper.offer(chunks(1))
+    wait_until(lambda: shipper.books().exported == 1)
+    assert shipper.last_error is None
+    close(shipper)
+
+
+def test_state() -> None:
+    """What an operator sees: what failed, how often in a row, when it is tried again, what is held."""
+    sink = ScriptedSink(TAKEN, Reply(taken=False, retry=True, retry_after_seconds=100.0, detail="503"))
+    shipper = make(sink)
+    assert shipper.state() == {
+        "exporter": "otlp",
+        "error": None,
+        "offered": 0,
+        "exported": 0,
+        "dropped": {},
+        "queued": 0,
+        "sending": 0,
+        "held_bytes": 0,
+        "failures_in_a_row": 0,
+        "next_try_seconds": None,
+        "exported_seconds_ago": None,
+    }
+    shipper.offer(chunks(1, items=7))
+    assert shipper.flush(in_seconds(PATIENCE_SECONDS))
+    shipper.offer(chunks(2, items=3))
+    wait_until(lambda: shipper.last_error)
+    state = json.loads(json.dumps(shipper.state()))
+    assert 90.0 < state.pop("next_try_seconds") <= 100.0
+    assert 0.0 <= state.pop("exported_seconds_ago") < PATIENCE_SECONDS
+    assert state == {
+        "exporter": "otlp",
+        "error": "503",
+        "offered": 10,
+        "exported": 7,
+        "dropped": {},
+        "queued": 0,
+        "sending": 3,
+        "held_bytes": 10,
+        "failures_in_a_row": 1,
+    }
+    queue, transport = shipper.stages()
+    assert (queue.title, queue.exported, transport.title, transport.in_flight) == (
+        "queue of logs to otlp",
+        10,
+        "transport of logs to otlp",
+        3,
+    )
+    close(shipper, 0.5)
+
+
+# flush
+
+
+def test_flush() -> None:
+    """A flush does not linger, waits for what was offered before it, and says that all of it was taken."""
+    sink = ScriptedSink()
+    shipper = make(sink, linger_seconds=PATIENCE_SECONDS)
+    shipper.offer(chunks(1, 2, 3, 4, 5))
+    wait_until(lambda: len(sink.attempts) == 1 and shipper._work._waiters)  # type: ignore[attr-defined] # it lingers
+    sink.script.append(AGAIN)
+    assert shipper.flush(in_seconds(PATIENCE_SECONDS / 2))
+    assert sink.taken == [1, 2, 3, 4, 5]
+    assert len(sink.attempts) == 3
+    assert shipper.flush(in_seconds(0.0))
+    close(shipper)
+
+
+@pytest.mark.parametrize("step", [REFUSED, ValueError("broken"), Reply(taken=True, rejected=1)])
+def test_flush_tells_losses(step: Step) -> None:
+    """A flush that lost something says so, and the next has nothing of it to tell."""
+    shipper = make(ScriptedSink(step))
+    shipper.offer(chunks(1, 2))
+    assert not shipper.flush(in_seconds(PATIENCE_SECONDS))
+    shipper.offer(chunks(3))
+    assert shipper.flush(in_seconds(PATIENCE_SECONDS))
+    close(shipper)
+
+
+def test_flush_tells_what_was_lost_before() -> None:
+    """What gave way before anybody asked is told by the next flush."""
+    shipper = make(ScriptedSink(), limit_bytes=20)
+    shipper.offer(chunks(1, 2, 3))
+    assert not shipper.flush(in_seconds(PATIENCE_SECONDS))
+    assert shipper.flush(in_seconds(PATIENCE_SECONDS))
+    close(shipper)
+
+
+def test_flush_ends_at_its_deadline() -> None:
+    """A sink that hangs makes a flush say no in time; what came after the call does not matter to it."""
+    sink = HangingSink()
+    shipper = make(sink, limit_bytes=20)
+    shipper.offer(chunks(1))
+    began = time.monotonic()
+    assert not shipper.flush(began + 0.2)
+    assert 0.2 <= time.monotonic() - began < PATIENCE_SECONDS / 2
+    answers: list[bool] = []
+    thread = threading.Thread(target=lambda: answers.append(shipper.flush(in_seconds(PATIENCE_SECONDS))))
+    thread.start()
+    wait_until(lambda: shipper._flushing)
+    shipper.offer(chunks(2))
+    shipper.offer(chunks(3))  # 2 gives way
+    assert shipper.books().dropped == {"queue_full": 1}
+    sink.go_on.set()
+    thread.join(PATIENCE_SECONDS)
+    assert answers == [True]
+    assert not shipper.flush(in_seconds(PATIENCE_SECONDS))
+    close(shipper)
+
+
+def test_flush_ends_with_the_shipper() -> None:
+    """Who waits for a flush is told no when the shipper closes."""
+    shipper = make(HangingSink())
+    shipper.offer(chunks(1))
+    answers: list[bool] = []
+    thread = threading.Thread(target=lambda: answers.append(shipper.flush(in_seconds(PATIENCE_SECONDS))))
+    thread.start()
+    wait_until(lambda: shipper._flushing)
+    close(shipper, 0.3)
+    thread.join(PATIENCE_SECONDS / 2)
+    assert answers == [False]
+
+
+# the end
+
+
+@pytest.mark.parametrize("sink_class", [HangingSink, StubbornSink])
+def test_close_with_a_hanging_sink(sink_class: type[HangingSink], caplog: pytest.LogCaptureFixture) -> None:
+    """Closing keeps its deadline and counts all that is left; a late success changes nothing."""
+    sink = sink_class()
+    shipper = make(sink)
+    shipper.offer(chunks(*range(10)))
+    assert sink.entered.acquire(timeout=PATIENCE_SECONDS)
+    books = close(shipper, 0.5)
+    assert books == Books(10, 0, {"shutdown": 10}, 0, 0)
+    queue, transport = shipper.stages()
+    assert (queue.losses, transport.losses) == ({"shutdown": 6}, {"shutdown": 4})
+    sink.go_on.set()
     wait_until(lambda: not shipper._thread.is_alive())
-    assert shipper.ledger() == ledger
-    assert len(exporter.batches) == 1
+    assert shipper.books() == books
+    assert not sink.entered.acquire(blocking=False)
+    assert not caplog.messages  # above all not that it is sent again
 
 
 def test_close_after_the_deadline() -> None:
-    """A deadline that has passed still counts everything and ends."""
-    exporter = HangingExporter()
-    shipper = QuickShipper("logs", [exporter])
-    shipper.offer(range(2))
-    assert exporter.entered.acquire(timeout=PATIENCE_SECONDS)
-    assert lost(close(shipper, -1.0)) == {"shutdown": 2}
-    exporter.go_on.set()
+    """A deadline that has passed still counts everything and ends; so does what comes later still."""
+    sink = HangingSink()
+    shipper = make(sink)
+    shipper.offer(chunks(1, 2))
+    assert sink.entered.acquire(timeout=PATIENCE_SECONDS)
+    assert close(shipper, -1.0).dropped == {"shutdown": 2}
+    shipper.offer(chunks(3))
+    assert shipper.books() == Books(3, 0, {"shutdown": 3}, 0, 0)
 
 
-def test_close_waits_for_a_slow_exporter() -> None:
-    """An exporter that is only slow gets the time there is, and nothing is lost."""
-    exporter = HangingExporter()
-    shipper = QuickShipper("logs", [exporter])
-    shipper.offer(range(10))
-    timer = threading.Timer(0.1, exporter.go_on.set)
+def test_close_waits_for_a_slow_sink() -> None:
+    """A sink that is only slow gets the time there is, and nothing is lost."""
+    sink = HangingSink()
+    shipper = make(sink)
+    shipper.offer(chunks(*range(10)))
+    timer = threading.Timer(0.1, sink.go_on.set)
     timer.start()
-    assert close(shipper) == Ledger(10, 10, {"shutdown": 0}, 0)
+    assert close(shipper) == Books(10, 10, {}, 0, 0)
 
 
 def test_close_without_records() -> None:
-    """Nothing to send is sent at once."""
-    exporter = FakeExporter()
-    shipper = QuickShipper("logs", [exporter])
-    assert close(shipper) == Ledger(0, 0, {"shutdown": 0}, 0)
-    assert exporter.batches == []
-    assert exporter.closed.wait(PATIENCE_SECONDS)
+    """Nothing to send is sent at once, and the sink is closed."""
+    sink = ScriptedSink()
+    assert close(make(sink)) == Books(0, 0, {}, 0, 0)
+    assert sink.attempts == []
+    assert sink.closed.is_set()
+
+
+def test_close_with_a_rude_sink(caplog: pytest.LogCaptureFixture) -> None:
+    """A plugin that raises at its end is told, and that is all."""
+    with caplog.at_level(logging.WARNING):
+        close(make(RudeSink()))
+    assert caplog.messages == ["logs: otlp did not end well: OSError: no way"]
 
 
 def test_stop_lets_all_signals_end_side_by_side() -> None:
     """After stop, what is queued goes without further waiting; closing then has nothing left to do."""
-    exporter = FakeExporter()
-    shipper = QuickShipper("logs", [exporter])
-    shipper.linger_seconds = PATIENCE_SECONDS
-    shipper.offer([1])
+    shipper = make(ScriptedSink(), linger_seconds=PATIENCE_SECONDS)
+    shipper.offer(chunks(1))
     shipper.stop()
     wait_until(lambda: not shipper._thread.is_alive())
     assert close(shipper).exported == 1
 
 
-def test_no_exporters() -> None:
-    """Without exporters the signal is off: no thread, nothing enabled, and closing is harmless."""
-    for shipper in (Shipper("logs", []), MetricsShipper([], 1000)):
-        assert not shipper.enabled
-        assert not shipper._thread.is_alive()
-        assert close(shipper).offered == 0
+def test_the_end_tries_again_until_the_deadline() -> None:
+    """A sink that comes back before the deadline gets everything."""
+    sink = ScriptedSink(AGAIN, AGAIN, AGAIN)
+    shipper = make(sink)
+    shipper.offer(chunks(1))
+    wait_until(lambda: sink.attempts)
+    assert close(shipper) == Books(1, 1, {}, 0, 0)
+    assert len(sink.attempts) == 4
 
 
-def test_ledger_adds_up_at_any_time() -> None:
-    """Whoever asks at whatever moment finds every record in exactly one place."""
-    exporter = FailingExporter()
-    shipper = QuickShipper("logs", [exporter], queue_records=6)
-    shipper.linger_seconds = 0.0
-    ledgers = []
-    for turn in range(300):
-        shipper.offer(range(turn % 11))
-        exporter.failing = turn % 3 == 0
-        ledgers.append(shipper.ledger())
-        if not turn % 50:
-            time.sleep(0.005)
-    last = close(shipper)
-    assert all(adds_up(ledger) for ledger in ledgers)
-    assert last.offered == sum(turn % 11 for turn in range(300))
-    assert set(lost(last)) <= {"queue_full", "export_failed"}
+def test_the_end_does_not_wait_for_our_own_back_off() -> None:
+    """A last attempt is made at once, whatever the wait was."""
+    sink = ScriptedSink(AGAIN)
+    shipper = make(sink)
+    with shipper._lock:
+        for _ in range(20):
+            shipper._backoff.fail(time.monotonic(), 0.999, None)
+    shipper.offer(chunks(1))
+    assert not shipper.flush(in_seconds(0.0))
+    began = time.monotonic()
+    assert close(shipper).exported == 1
+    assert time.monotonic() - began < 1.5  # of two seconds
+
+
+def test_no_attempt_can_begin_in_time() -> None:
+    """A sink that asked to be left alone until after the deadline is, and the end does not wait for nothing."""
+    sink = ScriptedSink(Reply(taken=False, retry=True, retry_after_seconds=60.0))
+    shipper = make(sink)
+    shipper.offer(chunks(1, items=6))
+    wait_until(lambda: shipper.last_error)
+    began = time.monotonic()
+    assert close(shipper).dropped == {"shutdown": 6}
+    assert time.monotonic() - began < PATIENCE_SECONDS / 2
+    assert len(sink.attempts) == 1
+
+
+def test_books_add_up_at_any_time() -> None:
+    """Whoever asks at whatever moment finds every item in exactly one place."""
+    quick = Reply(taken=False, retry=True)
+    replies: list[Step] = [TAKEN, REFUSED, Reply(taken=True, rejected=1), quick, TAKEN, ValueError("broken")]
+    sink = ScriptedSink(*replies * 5)
+    shipper = make(sink, limit_bytes=100, linger_seconds=0.0)
+    wrong: list[Ledger] = []
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.is_set():
+            ledger = Ledger(shipper.stages())
+            if ledger.problems():
+                wrong.append(ledger)
+
+    lookers = [threading.Thread(target=look) for _ in range(2)]
+    for looker in lookers:
+        looker.start()
+    for turn in range(200):
+        shipper.offer(chunks(*range(turn % 7), items=turn % 3))
+        assert shipper.size_bytes().queued + shipper.size_bytes().sending <= 100
+    stop.set()
+    for looker in lookers:
+        looker.join(PATIENCE_SECONDS)
+    assert not wrong
+    assert close(shipper).offered == sum((turn % 7) * (turn % 3) for turn in range(200))
+
+
+# metrics
 
 
 def test_metrics_keep_only_the_newest() -> None:
-    """While an export hangs only the newest snapshot waits: it says all that the others would have."""
-    exporter = HangingExporter()
-    shipper = MetricsShipper([exporter], 1234)
-    shipper.offer([Snapshotted("a", 1)])
-    assert exporter.entered.acquire(timeout=PATIENCE_SECONDS)
+    """While an attempt hangs only the newest snapshot waits: it says all that the others would have."""
+    sink = HangingSink()
+    shipper = MetricsShipper(sink, 1.25)
+    shipper.offer(chunks("a", items=5), 1)
+    assert sink.entered.acquire(timeout=PATIENCE_SECONDS)
     for number, snapshot in enumerate("bcd", start=2):
-        shipper.offer([Snapshotted(snapshot, number)])
+        shipper.offer(chunks(snapshot, snapshot.upper(), items=5), number)
     assert shipper.exported_ns == 0
-    assert shipper.ledger() == Ledger(4, 0, {"superseded": 2}, 2)
-    exporter.go_on.set()
-    ledger = close(shipper)
-    assert (ledger.exported, lost(ledger)) == (2, {"superseded": 2})
-    assert exporter.batches == ["a", "d"]
-    assert shipper.exported_ns == 4
-    assert exporter.timeouts == [1234, 1234]
+    assert shipper.books() == Books(35, 0, {"superseded": 20}, 10, 5)
+    sink.go_on.set()
+    wait_until(lambda: shipper.exported_ns == 4)
+    assert close(shipper) == Books(35, 15, {"superseded": 20}, 0, 0)
+    assert sink.attempts == [["a"], ["d"], ["D"]]
+    assert sink.timeouts == [1.25] * 3
+    assert (shipper.signal, shipper.name) == ("metrics", "otlp")
 
 
-def test_metrics_failure_is_kept_apart() -> None:
-    """A snapshot that is not taken counts as lost under the metrics' own name."""
-    shipper = MetricsShipper([RaisingExporter()], 1000)
-    shipper.offer([Snapshotted("a", 1)])
-    assert lost(close(shipper)) == {"export_failed": 1}
-    assert shipper.exported_ns == 0
-    assert (shipper.signal, shipper.last_error) == ("metrics", "ValueError: broken 1")
+def test_metrics_are_sent_again() -> None:
+    """A piece that was not taken is tried again, and only then the snapshot is out."""
+    sink = ScriptedSink(AGAIN, TAKEN, AGAIN)
+    shipper = MetricsShipper(sink, 10.0)
+    shipper.offer(chunks("a1", "a2"), 7)
+    wait_until(lambda: shipper.exported_ns == 7)
+    assert sink.attempts == [["a1"], ["a2"], ["a1"], ["a1"]]
+    assert close(shipper) == Books(2, 2, {}, 0, 0)
+
+
+def test_a_newer_snapshot_keeps_the_back_off() -> None:
+    """News do not make the agent knock more often."""
+    sink = ScriptedSink(Reply(taken=False, retry=True, retry_after_seconds=0.5))
+    shipper = MetricsShipper(sink, 10.0)
+    shipper.offer(chunks("a"), 1)
+    wait_until(lambda: shipper.last_error)
+    shipper.offer(chunks("b"), 2)
+    shipper.offer([], 3)
+    shipper.offer(chunks("d"), 4)
+    wait_until(lambda: shipper.exported_ns == 4)
+    assert sink.attempts == [["a"], ["d"]]
+    assert sink.times[1] - sink.times[0] >= 0.5
+    assert close(shipper) == Books(3, 1, {"superseded": 2}, 0, 0)
+
+
+def test_metrics_never_wait_for_records() -> None:
+    """With the sink of the logs hanging, metrics go on; closing each takes its own time only."""
+    hanging, metrics_sink = HangingSink(), ScriptedSink()
+    logs, metrics = make(hanging), MetricsShipper(metrics_sink, 10.0)
+    logs.offer(chunks(1))
+    assert hanging.entered.acquire(timeout=PATIENCE_SECONDS)
+    for number in range(1, 4):
+        metrics.offer(chunks(number), number)
+        wait_until(partial(_is_out, metrics, number))
+    assert close(metrics) == Books(3, 3, {}, 0, 0)
+    assert close(logs, 0.3) == Books(1, 0, {"shutdown": 1}, 0, 0)
+
+
+def _is_out(metrics: MetricsShipper, taken_ns: int) -> bool:
+    return metrics.exported_ns == taken_ns
+
+
+def test_metrics_after_the_end() -> None:
+    """A snapshot that comes after the end is counted as lost to it."""
+    shipper = MetricsShipper(ScriptedSink(), 10.0)
+    close(shipper)
+    shipper.offer(chunks("a"), 1)
+    assert shipper.books() == Books(1, 0, {"shutdown": 1}, 0, 0)
