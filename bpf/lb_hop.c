@@ -8,6 +8,7 @@
  * The programs only watch: on a packet's way every path returns TC_ACT_UNSPEC, and no packet is written to.
  * Compiled by bcc, which rewrites map.lookup() and the like only in this file, not in headers.
  */
+#include <asm/byteorder.h>
 #include <linux/errno.h>
 #include <linux/pkt_cls.h>
 
@@ -214,17 +215,20 @@ static __always_inline struct lbh_trace_id trace_id_of(const struct lbh_handshak
 	return id;
 }
 
-/* Whether the record rate (GCRA; two CPUs at once may both pass, the limit is soft) lets one more through. */
-static __always_inline bool within_rate(const struct lbh_settings *config, u64 now)
+/*
+ * Whether the record rate (GCRA; two CPUs at once may both pass, the limit is soft) lets one more through that may run
+ * so far ahead of it.
+ */
+static __always_inline bool within_rate(const struct lbh_settings *config, u64 now, u64 burst_ns)
 {
 	int zero = 0;
 	u64 *due = record_due_ns.lookup(&zero);
 
-	if (!due || !config->record_interval_ns)
+	if (!due)
 		return false;
 	if (*due < now)
 		*due = now;
-	if (*due - now > config->record_burst_ns)
+	if (*due - now > burst_ns)
 		return false;
 	__sync_fetch_and_add(due, config->record_interval_ns);
 	return true;
@@ -232,26 +236,32 @@ static __always_inline bool within_rate(const struct lbh_settings *config, u64 n
 
 /*
  * Sends one connection to the agent or counts why not. Good handshakes are sampled by trace id; a failure is kept
- * whatever the ratio. The agent drains by time: it is never woken for one record.
+ * whatever the ratio, and where the rate is short it goes before: good ones leave the second half of the burst to it.
+ * The agent drains by time: it is never woken for one record.
  */
 static __always_inline void send_record(const struct lbh_handshake *slot, u32 isn, u32 verdict, u64 now)
 {
+	bool good = verdict == LBH_VERDICT_ANSWERED || verdict == LBH_VERDICT_REPLY_UNSEEN ||
+		    verdict == LBH_VERDICT_TRANSLATED;
 	bool translated = slot->forward_ns || verdict == LBH_VERDICT_TRANSLATED;
-	struct lbh_trace_id trace = trace_id_of(slot, isn, translated);
 	struct lbh_settings *config;
 	struct lbh_record *record;
+	struct lbh_trace_id trace;
 	int zero = 0;
 
 	config = settings.lookup(&zero);
 	if (!config)
 		return;
-	if ((verdict == LBH_VERDICT_ANSWERED || verdict == LBH_VERDICT_REPLY_UNSEEN ||
-	     verdict == LBH_VERDICT_TRANSLATED) &&
-	    (trace.low & ((1ull << 56) - 1)) < config->reject_below) {
+	if (!config->record_interval_ns) {
+		count_event(LBH_RECORD_OFF);
+		return;
+	}
+	trace = trace_id_of(slot, isn, translated);
+	if (good && (trace.low & ((1ull << 56) - 1)) < config->reject_below) {
 		count_event(LBH_RECORD_RATIO);
 		return;
 	}
-	if (!within_rate(config, now)) {
+	if (!within_rate(config, now, good ? config->record_burst_ns : 2 * config->record_burst_ns)) {
 		count_event(LBH_RECORD_RATE);
 		return;
 	}
@@ -260,25 +270,28 @@ static __always_inline void send_record(const struct lbh_handshake *slot, u32 is
 		count_event(LBH_RECORD_RING_FULL);
 		return;
 	}
-	record->trace_high = trace.high;
-	record->trace_low = trace.low;
+	__builtin_memset(record, 0, sizeof(*record));
 	record->syn_ns = slot->syn_ns;
 	record->forward_ns = slot->forward_ns;
 	record->end_ns = now;
+	record->trace_id[0] = __cpu_to_be64(trace.high);
+	record->trace_id[1] = __cpu_to_be64(trace.low);
 	record->client = slot->client;
-	record->snat = slot->snat;
-	record->backend = slot->backend;
-	record->client_port = slot->client_port;
-	record->snat_port = slot->snat_port;
-	record->backend_port = slot->backend_port;
-	record->verdict = verdict;
-	record->origin = slot->origin;
-	record->vip_id = slot->vip_id;
-	record->hop_id = slot->hop_id;
-	record->in_ifindex = slot->in_ifindex;
-	record->out_ifindex = slot->out_ifindex;
-	record->retransmits = slot->retransmits;
-	__builtin_memset(record->pad, 0, sizeof(record->pad));
+	record->client_port = __be16_to_cpu(slot->client_port);
+	if (translated) {
+		record->snat = slot->snat;
+		record->snat_port = __be16_to_cpu(slot->snat_port);
+		record->kind.backend = slot->backend;
+		record->kind.backend_port = slot->backend_port;
+		record->kind.translated = 1;
+	}
+	record->kind.verdict = verdict;
+	record->kind.origin = slot->origin;
+	record->kind.vip_id = slot->vip_id;
+	record->kind.hop_id = slot->hop_id;
+	record->kind.in_ifindex = slot->in_ifindex;
+	record->kind.out_ifindex = slot->out_ifindex;
+	record->kind.retransmits = slot->retransmits;
 	records.ringbuf_submit(record, BPF_RB_NO_WAKEUP);
 	count_event(LBH_RECORD_SENT);
 }

@@ -11,7 +11,7 @@
 #define LB_HOP_H
 
 /* Raised with every change of a layout, an enum or a bound below. */
-#define LBH_LAYOUT_VERSION 2
+#define LBH_LAYOUT_VERSION 3
 
 struct lbh_address {
 	u32 words[4];
@@ -198,21 +198,11 @@ enum lbh_verdict {
 };
 
 /*
- * One ring record: a connection at its verdict. What is told by conntrack and not by packets has forward_ns 0, end_ns =
- * syn_ns (when it was told), and no interfaces (0), but for in_ifindex of a datagram that found no endpoint.
+ * What a connection has in common with all others of its kind. It lies together because its bytes are the key under
+ * which the agent finds again what it has worked out for them once.
  */
-struct lbh_record {
-	u64 trace_high;
-	u64 trace_low;
-	u64 syn_ns;
-	u64 forward_ns; /* when the translated SYN left; 0: not seen */
-	u64 end_ns;	/* SYN-ACK or RST out; else the time of the verdict */
-	struct lbh_address client;
-	/* These and their ports mean nothing unless forward_ns is set or the verdict is LBH_VERDICT_TRANSLATED. */
-	struct lbh_address snat;
-	struct lbh_address backend;
-	u16 client_port;
-	u16 snat_port;
+struct lbh_kind {
+	struct lbh_address backend; /* with its port zero unless translated */
 	u16 backend_port;
 	u8 verdict; /* enum lbh_verdict */
 	u8 origin;  /* enum lbh_origin */
@@ -221,7 +211,25 @@ struct lbh_record {
 	u32 in_ifindex;
 	u32 out_ifindex;
 	u16 retransmits;
-	u8 pad[6];
+	u8 translated; /* 1: where to is known, by a translated SYN or by conntrack */
+	u8 pad;
+};
+
+/*
+ * One ring record: a connection at its verdict. What is told by conntrack and not by packets has forward_ns 0, end_ns =
+ * syn_ns (when it was told), and no interfaces (0), but for in_ifindex of a datagram that found no endpoint.
+ */
+struct lbh_record {
+	u64 syn_ns;
+	u64 forward_ns;	 /* when the translated SYN left; 0: not seen */
+	u64 end_ns;	 /* SYN-ACK or RST out; else the time of the verdict */
+	u64 trace_id[2]; /* in network order, as it is sent */
+	struct lbh_address client;
+	struct lbh_address snat; /* with its port zero unless translated */
+	u16 client_port;	 /* these two in host order: they are told as numbers */
+	u16 snat_port;
+	struct lbh_kind kind;
+	u8 pad[4];
 };
 
 /* uplinks: the interfaces that lead out of the cluster; a SYN that came in by one is external. Ended by a zero. */
@@ -235,7 +243,7 @@ struct lbh_settings {
 	u64 verdict_after_ns;	/* a handshake without an answer gets its verdict at this age */
 	u64 reject_below;	/* records of good handshakes: kept if the trace id's low 56 bits reach this */
 	u64 record_interval_ns; /* 10^9 / records per second; 0: no record at all */
-	u64 record_burst_ns;	/* how far the records may run ahead of that rate */
+	u64 record_burst_ns;	/* how far records may run ahead of that rate; those of failures twice as far */
 	u64 own_calls;		/* 1: count the TCP calls that this node itself makes, which conntrack tells of */
 };
 
@@ -258,6 +266,7 @@ enum lbh_event {
 	LBH_RECORD_RATE,       /* over the rate */
 	LBH_RECORD_RING_FULL,  /* the agent did not keep up */
 	LBH_RECORD_NO_VERDICT, /* the handshake table had to make room, or the agent ended, before the verdict */
+	LBH_RECORD_OFF,	       /* none are wanted */
 	LBH_TRUNCATED,	       /* ends within a VLAN tag, an IP header or a TCP header */
 	LBH_FRAGMENT,	       /* a later fragment of TCP: no TCP header in it */
 	LBH_EXTENSION,	       /* more VLAN tags, or more or longer IPv6 extension headers, than are followed */

@@ -1,12 +1,12 @@
 """The agent: two one-way streets that meet here and nowhere else.
 
-    packets ─ bpf/ ─┬─ counters ─ snapshot ────────── metrics
-                    └─ ring ─ decode ─ hops ─ encode ─ logs and spans
+    packets ─ bpf/ ─┬─ counters ─ snapshot ─ points ─── outlet ─ metrics
+                    └─ ring ─ decode ─ courses ─ encode ─ outlet ─ logs and spans
 
     API server ─ reflector ─┬─ feed ─ inventory ─ topology ─ tables in the kernel
     VIP file ─ watcher ─────┘
 
-`Agent.run` is the main loop: every stage is called from it, none calls back. Exporters, sources, the local API and
+`Agent.run` is the main loop: every stage is called from it, none calls back. Shippers, sources, the local API and
 the netlink monitor have threads of their own and meet the loop only in queues, events and the health board.
 """
 
@@ -22,17 +22,18 @@ from otel_lb_hop.cluster.api_source import ApiSource
 from otel_lb_hop.cluster.connect import connector
 from otel_lb_hop.cluster.feed import Feed
 from otel_lb_hop.cluster.file_source import FileSource, FileWatcher
-from otel_lb_hop.core import hops, ids
+from otel_lb_hop.core import ids
+from otel_lb_hop.core.hops import Courses
 from otel_lb_hop.core.interfaces import find_places, find_uplinks, gateway_links
 from otel_lb_hop.core.inventory import Inventory
-from otel_lb_hop.core.layout import Settings
+from otel_lb_hop.core.layout import Event, Settings
+from otel_lb_hop.core.ledger import Ledger, Rows, Stage, count_rows, kernel_stage
 from otel_lb_hop.core.topology import KEEP_RETIRED_NS, LINGER_NS, Topology
 from otel_lb_hop.errors import ConfigError, KernelError
-from otel_lb_hop.export.metrics import MetricsBuilder, SelfReport
-from otel_lb_hop.export.records import RecordBuilder
+from otel_lb_hop.export.metrics import Metric, MetricsBuilder, SelfReport
+from otel_lb_hop.export.outlets import LinesOutlet, MetricsOutlet, make_record_outlets, make_sinks
+from otel_lb_hop.export.records import Sampling
 from otel_lb_hop.export.resource import Identity, make_resource
-from otel_lb_hop.export.sdk import make_exporters
-from otel_lb_hop.export.shipper import MetricsShipper, Shipper, Snapshotted
 from otel_lb_hop.kernel.bpf import run_program
 from otel_lb_hop.kernel.conntrack import ConntrackSocket, Places, events_problem
 from otel_lb_hop.kernel.hooks import Hooks
@@ -41,16 +42,20 @@ from otel_lb_hop.kernel.ring import Ring
 from otel_lb_hop.kernel.tables import KernelTables
 from otel_lb_hop.ops.api import LocalApi
 from otel_lb_hop.ops.health import Health
+from otel_lb_hop.ops.process import process_usage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from concurrent.futures import Future
 
     from otel_lb_hop.config import Config
     from otel_lb_hop.core.interfaces import Prefix, Route
     from otel_lb_hop.core.layout import Place
     from otel_lb_hop.errors import Problem
+    from otel_lb_hop.export.outlets import Outlet, Sinks
     from otel_lb_hop.kernel.loader import Loaded
+    from otel_lb_hop.kernel.tables import Snapshot
+    from otel_lb_hop.ops.logs import LineKeeper
     from otel_lb_hop.ops.stop import Stop
 
 log = logging.getLogger(__name__)
@@ -86,17 +91,24 @@ def _clock_offset_ns() -> int:
 class Agent:
     """Everything that runs on one node. Made whole or not at all: `start` raises, `run` does not."""
 
-    def __init__(self, config: Config, loading: Future[Loaded], stop: Stop) -> None:
+    def __init__(
+        self, config: Config, environ: Mapping[str, str], loading: Future[Loaded], stop: Stop, lines: LineKeeper
+    ) -> None:
         self._config = config
+        self._environ = environ
         self._loading = loading
         self._stop = stop
+        self._lines = lines
         self._health = Health()
         self._topology = Topology(config.node_name, time.time_ns())
         self._file = FileWatcher(FileSource(config.vips_file), stop.wake) if config.vips_file else None
         self._api = ApiSource(connector(config.api), config.node_name, stop.wake) if config.api else None
         self._feed = Feed(self._file, self._api, Inventory(config.policies, external_ips=config.external_ips))
+        self._resolved = 0
         self._unresolved = 0
         self._abandoned = 0
+        self._forgotten = Rows(0, 0)
+        self._kernel_stage = kernel_stage(self._forgotten, (0,) * len(Event))
         self._due: dict[str, float] = {}
         self._failed: set[str] = set()
         self._unfinished = False
@@ -107,19 +119,23 @@ class Agent:
         self._write_again = 0.0
         self._source_errors: dict[str, str | None] = {}
         self._size = (0, 0)
+        self._interface_names: dict[int, str] = {}
 
     def start(self) -> None:
         """Read the topology, load the programs, attach them. Raises ConfigError or KernelError."""
         config = self._config
-        exporters = self._open_sources_and_targets()
+        sinks = self._open_sources_and_sinks()
         self._local_api = LocalApi(config.listen, self._health) if config.listen else None
         self._loaded = self._loading.result()
         self._tables = KernelTables(self._loaded)
+        told = any(sinks.by_signal[signal] for signal in ("logs", "traces"))
+        self._record_rate = config.record_rate if told else 0
         self._tables.set_settings(self._settings(VERDICT_AFTER_NS))
         self._ring = Ring(self._loaded.records_fd, self._loaded.sizes.ring_pages)
         self._netlink = Netlink()
         self._monitor = Monitor()
         self._hooks = Hooks(self._loaded.programs, self._netlink)
+        self._courses = Courses(self._topology, self._hooks.name_of)
         self._places = Places(self._loaded.places)
         self._conntrack: ConntrackSocket | None = None
         while self._follow_cluster():
@@ -127,7 +143,8 @@ class Agent:
         self._report_topology()
         self._reconcile_interfaces()
         self._require_a_hook()
-        self._make_exports(exporters)
+        self._make_outlets(sinks)
+        self._keep_books(self._tables.snapshot())  # the first report is earlier than the first export
         # What only the start needed goes back to the system.
         gc.collect()
         log.info(
@@ -135,9 +152,8 @@ class Agent:
             ", ".join(self._hooks.interfaces), self._hooks.method, self._topology.watched, self._loaded.compile_seconds,
         )  # fmt: skip
 
-    def _open_sources_and_targets(self) -> dict[str, list[Any]]:
-        """Read the VIP file, begin to read the API server, make the exporters; all that is wrong is told together."""
-        exporters: dict[str, list[Any]] = {"metrics": [], "logs": [], "traces": []}
+    def _open_sources_and_sinks(self) -> Sinks:
+        """Read the VIP file, begin to read the API server, make the sinks; all that is wrong is told together."""
         problems: list[Problem] = []
         if self._api:
             self._api.start()  # the first lists come while the child compiles
@@ -147,38 +163,36 @@ class Agent:
             except ConfigError as error:
                 problems += error.problems
             self._file.start()
-        for signal in () if self._config.sdk_disabled else exporters:
-            try:
-                exporters[signal] = make_exporters(signal, getattr(self._config, signal))
-            except ConfigError as error:
-                problems += error.problems
+        try:
+            sinks = make_sinks(self._config, self._environ)
+        except ConfigError as error:
+            problems += error.problems
         if problems:
             raise ConfigError(problems)
-        return exporters
+        return sinks
 
     def _settings(self, verdict_after_ns: int) -> Settings:
-        rate = self._config.record_rate
         return Settings(
             verdict_after_ns=verdict_after_ns,
-            reject_below=self._threshold,
-            record_interval_ns=10**9 // rate if rate else 0,
+            reject_below=ids.rejection_threshold(self._config.record_ratio),
+            record_interval_ns=10**9 // self._record_rate if self._record_rate else 0,
             record_burst_ns=10**9,
             own_calls=int(self._config.conntrack == "on"),
         )
 
-    @property
-    def _threshold(self) -> int:
-        return ids.rejection_threshold(self._config.record_ratio)
-
-    def _make_exports(self, exporters: dict[str, list[Any]]) -> None:
+    def _make_outlets(self, sinks: Sinks) -> None:
         config = self._config
         self._identity = self._identify()
         resource = make_resource(self._identity)
-        self._metrics_builder = MetricsBuilder(resource, self._topology, config.node_name, time.time_ns())
-        self._record_builder = RecordBuilder(resource, config.node_name, self._threshold)
-        self._metrics = MetricsShipper(exporters["metrics"], config.metric_export_timeout_ms)
-        self._logs = Shipper("logs", exporters["logs"])
-        self._traces = Shipper("traces", exporters["traces"])
+        self._metrics_builder = MetricsBuilder(self._topology, config.node_name, time.time_ns())
+        timeout_seconds = config.metric_export_timeout_ms / 1e3
+        self._metrics = [MetricsOutlet(sink, timeout_seconds, resource) for sink in sinks.by_signal["metrics"]]
+        sampling = {
+            "logs": Sampling.make(config.record_ratio),
+            "traces": Sampling.make(config.record_ratio, config.span_ratio),
+        }
+        self._records = make_record_outlets(sinks, resource, config.node_name, sampling, config.queue_bytes)
+        self._own_log = [LinesOutlet(sinks.lines, resource)] if sinks.lines else []
 
     def _identify(self) -> Identity:
         config, node = self._config, self._topology.own_node
@@ -199,7 +213,9 @@ class Agent:
         identity = self._identify()
         if identity != self._identity:
             self._identity = identity
-            self._metrics_builder.resource = self._record_builder.resource = make_resource(identity)
+            resource = make_resource(identity)
+            for outlet in self._outlets:
+                outlet.introduce(resource)
 
     def run(self) -> None:
         """Work until told to stop, then send what is left within `SHUTDOWN_SECONDS`."""
@@ -256,24 +272,19 @@ class Agent:
         self._due[task] = now + every
         return True
 
-    # packets ─ ring ─ decode ─ hops ─ encode ─ logs and spans
+    # packets ─ ring ─ decode ─ courses ─ encode ─ logs and spans
 
     def _drain(self) -> bool:
         offset_ns = _clock_offset_ns()
-        connections = []
-        taken = 0
-        for taken, record in enumerate(self._ring.drain(DRAIN_RECORDS), start=1):  # noqa: B007 - the last one counts
-            connection = hops.resolve(record, self._topology, offset_ns, self._hooks.name_of)
-            if connection is None:
-                self._unresolved += 1
-            else:
-                connections.append(connection)
-        if self._logs.enabled:
-            observed_ns = time.time_ns()  # after the last record was taken, and so after it was written
-            self._logs.offer([self._record_builder.log_record(each, observed_ns) for each in connections])
-        if self._traces.enabled:
-            self._traces.offer([self._record_builder.span(each) for each in connections])
-        return taken == DRAIN_RECORDS
+        records = self._ring.drain(DRAIN_RECORDS)
+        courses = self._courses.of(records)
+        unresolved = courses.count(None)
+        self._unresolved += unresolved
+        self._resolved += len(records) - unresolved
+        observed_ns = time.time_ns()  # after the last record was taken, and so after it was written
+        for outlet in self._records:
+            outlet.offer(records, courses, offset_ns, observed_ns)
+        return len(records) == DRAIN_RECORDS
 
     def _sweep(self) -> None:
         run_program(self._loaded.programs["lbh_sweep"], repeat=-(-self._loaded.sizes.table_buckets // SWEEP_TICKS))
@@ -282,69 +293,80 @@ class Agent:
         self._tables.set_settings(self._settings(0))
         run_program(self._loaded.programs["lbh_sweep"], repeat=self._loaded.sizes.table_buckets)
 
-    # packets ─ counters ─ snapshot ─ metrics
+    # packets ─ counters ─ snapshot ─ points ─ metrics
 
     def _export_metrics(self) -> None:
         now_ns = time.time_ns()
         self._forget_rows(now_ns)
-        if not self._metrics.enabled:
-            return
         snapshot = self._tables.snapshot()
-        self._metrics.offer(
-            [
-                Snapshotted(
-                    self._metrics_builder.build(
-                        snapshot.vips, snapshot.hops, self._self_report(snapshot.events), now_ns
-                    ),
-                    now_ns,
-                )
-            ]
-        )
+        self._keep_books(snapshot)
+        if not self._metrics:
+            return
+        report = self._self_report(snapshot.events)
+        metrics: Iterable[Metric] = self._metrics_builder.build(snapshot.vips, snapshot.hops, report)
+        if len(self._metrics) > 1:
+            metrics = [Metric(each.instrument, tuple(each.points)) for each in metrics]
+        for outlet in self._metrics:
+            outlet.offer(metrics, now_ns)
 
     def _check_sums(self) -> None:
-        """Hold, when every verdict is given, that connections = forwarded + not forwarded, for each VIP port."""
+        """Hold, when every verdict is given, that all adds up: each VIP port's connections, and the ledger."""
         snapshot = self._tables.snapshot()
+        self._keep_books(snapshot)
         pending = self._metrics_builder.pending(snapshot.vips, snapshot.hops)
-        total = sum(sum(stats.connections) for stats in snapshot.vips.values())
         wrong = {vip_id: count for vip_id, count in pending.items() if count}
         if wrong:
             vip_id, count = next(iter(wrong.items()))
             row = self._topology.vips.by_id[vip_id]
             log.error(
-                "%d connections do not add up on %d VIP ports; %d of %s/%s port %d came in and have no outcome",
-                total, len(wrong), count, row.namespace, row.service, row.port,
+                "connections do not add up on %d VIP ports; %d of %s/%s port %d came in and have no outcome",
+                len(wrong), count, row.namespace, row.service, row.port,
             )  # fmt: skip
-        else:
-            log.info("%d connections add up", total)
+        ledger = self._ledger()
+        for problem in ledger.problems():
+            log.error("the ledger does not add up: %s", problem)
+        for account in ledger.accounts():
+            log.info("%s", account)
+
+    def _keep_books(self, snapshot: Snapshot) -> None:
+        rows = count_rows(snapshot.vips.values(), snapshot.hops.values())
+        self._kernel_stage = kernel_stage(rows.plus(self._forgotten), snapshot.events)
+
+    def _ledger(self) -> Ledger:
+        """Account for every record; the kernel's stage is as of the latest snapshot."""
+        ring = self._ring
+        ring_dropped = {"wrong_size": ring.wrong_size, "shutdown": self._abandoned}
+        in_ring = ring.pending_records - self._abandoned
+        stages = [
+            self._kernel_stage,
+            Stage("ring", "", "", ring.seen, ring.taken, ring_dropped, in_ring),
+            Stage("decode", "", "", ring.taken, self._resolved, {"unresolved": self._unresolved}, 0),
+        ]
+        for outlet in self._outlets:
+            stages += outlet.stages()
+        return Ledger(tuple(stages))
 
     def _forget_rows(self, now_ns: int) -> None:
         hop_rows = dict(self._topology.hops.by_id)
         retired_before_ns = now_ns - KEEP_RETIRED_NS
-        if self._metrics.enabled:
+        for outlet in self._metrics:
             # What nobody has received yet is not forgotten, however long the Collector is away.
-            retired_before_ns = min(retired_before_ns, self._metrics.exported_ns - SETTLED_NS)
-        for hop_id, last in self._tables.keep_rows(self._topology.rows(retired_before_ns)).items():
+            retired_before_ns = min(retired_before_ns, outlet.shipper.exported_ns - SETTLED_NS)
+        last = self._tables.keep_rows(self._topology.rows(retired_before_ns))
+        self._forgotten = self._forgotten.plus(count_rows(last.vips.values(), last.hops.values()))
+        for hop_id, stats in last.hops.items():
             row = hop_rows[hop_id]
-            if self._metrics.enabled:
-                self._metrics_builder.carry_over(row.vip_id, row.hop, last)
+            self._metrics_builder.carry_over(row.vip_id, row.hop, stats)
 
     def _self_report(self, events: tuple[int, ...]) -> SelfReport:
-        drops = {
-            ("", "unresolved"): self._unresolved,
-            ("", "wrong_size"): self._ring.wrong_size,
-            ("", "shutdown"): self._abandoned,
-        }
-        for shipper in (self._logs, self._traces):
-            for reason, count in shipper.ledger().dropped.items():
-                drops[shipper.signal, reason] = count
         return SelfReport(
             events=events,
-            record_drops=drops,
-            records_exported={each.signal: each.ledger().exported for each in (self._logs, self._traces)},
+            stages=self._ledger().stages,
             vip_ports=self._topology.watched,
             topology_age_s=self._topology.age_ns(time.time_ns()) / 1e9,
             map_usage=self._tables.usage() | {"places": (len(self._places), self._loaded.sizes.places)},
             parts_healthy={name: part.healthy for name, part in self._health.parts().items()},
+            process=process_usage(),
         )
 
     # API server and VIP file ─ feed ─ topology ─ tables in the kernel
@@ -353,6 +375,8 @@ class Agent:
         now_ns = time.time_ns()
         more = self._feed.update(self._topology, now_ns)
         self._topology.forget_endpoints(now_ns - LINGER_NS)
+        if touched := self._topology.take_touched():
+            self._courses.forget(touched)
         if self._topology.tables.pending and time.monotonic() >= self._write_again:
             try:
                 self._tables.apply(self._topology.tables)
@@ -403,6 +427,9 @@ class Agent:
         else:
             uplinks = frozenset(link.index for link in links if config.uplinks.matches(link.name))
         names = {link.index: link.name for link in links}
+        if names != self._interface_names:
+            self._interface_names = names
+            self._courses.forget_all()
         too_many = self._tables.set_uplinks(uplinks)
         heard, unserved = self._datagram_needs()
         self._reconcile_conntrack(heard=heard, places=find_places(routes, uplinks, self._loaded.sizes.places))
@@ -471,11 +498,25 @@ class Agent:
         self._introduce()
 
     def _report_exports(self) -> None:
-        for shipper in (self._metrics, self._logs, self._traces):
-            if shipper.enabled:
-                healthy = shipper.last_error is None
-                detail = {"error": shipper.last_error, **shipper.ledger()._asdict()}
-                self._health.report(shipper.signal, healthy=healthy, vital=False, detail=detail)
+        self._export_own_log()
+        states: dict[str, list[dict[str, Any]]] = {}
+        for outlet in self._outlets:
+            states.setdefault(outlet.shipper.signal, []).append(outlet.shipper.state())
+        for signal, each in states.items():
+            healthy = all(state["error"] is None for state in each)
+            self._health.report(signal, healthy=healthy, vital=False, detail=each)
+        ledger = self._ledger()
+        defects = ledger.defects()
+        self._health.report("ledger", healthy=not defects, vital=False, detail=defects or ledger.as_dict())
+
+    def _export_own_log(self) -> None:
+        lines, lost = self._lines.take(), self._lines.lost
+        for outlet in self._own_log:
+            outlet.offer(lines, lost)
+
+    @property
+    def _outlets(self) -> list[Outlet]:
+        return [*self._records, *self._metrics, *self._own_log]
 
     def _shut_down(self) -> None:
         deadline = time.monotonic() + SHUTDOWN_SECONDS
@@ -488,19 +529,21 @@ class Agent:
         while self._attempt("records", self._drain) and time.monotonic() < deadline - METRICS_RESERVE_SECONDS:
             pass
         self._abandoned = self._ring.pending_records
-        for shipper in (self._logs, self._traces):
-            shipper.stop()
-        for shipper in (self._logs, self._traces):
-            shipper.close(deadline - METRICS_RESERVE_SECONDS)
-            if shipper.enabled:
-                log.info("%s: %s", shipper.signal, shipper.ledger())
-        if self._metrics.enabled:
-            self._attempt("counters", self._check_sums)
+        self._close(self._records, deadline - METRICS_RESERVE_SECONDS)
+        self._attempt("counters", self._check_sums)
+        self._export_own_log()
         # Last, so that they tell what became of the last records.
         self._attempt("counters", self._export_metrics)
-        self._metrics.close(deadline)
+        self._close([*self._metrics, *self._own_log], deadline)
         self._monitor.close()
         self._netlink.close()
         self._ring.close()
         if self._local_api:
             self._local_api.close()
+
+    def _close(self, outlets: Sequence[Outlet], deadline: float) -> None:
+        """Let shippers send what they have, all at once, until the deadline."""
+        for outlet in outlets:
+            outlet.shipper.stop()
+        for outlet in outlets:
+            outlet.shipper.close(deadline)

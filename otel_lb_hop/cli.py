@@ -15,6 +15,7 @@ from otel_lb_hop import __version__
 from otel_lb_hop.cluster.file_source import FileSource
 from otel_lb_hop.config import VIPS_FILE, Config, closest_setting
 from otel_lb_hop.errors import ConfigError, KernelError
+from otel_lb_hop.export.otlp_settings import OTLP, unheeded
 from otel_lb_hop.kernel.loader import Sizes, begin_loading, ring_pages
 from otel_lb_hop.ops.logs import set_up_logging
 from otel_lb_hop.ops.stop import Stop
@@ -55,10 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(environ: Mapping[str, str]) -> None:
     """Run the agent until it is told to stop."""
     config = read_config(environ)
-    set_up_logging(config.log_level)
+    lines = set_up_logging(config.log_level)
     for name in config.unknown:
         near = closest_setting(name)
         log.warning("%s is no setting%s", name, f"; is {near} meant?" if near else "")
+    for warning in unheeded(environ) if OTLP in config.metrics.exporters else ():
+        log.warning("%s", warning)
     stop = Stop()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -66,7 +69,7 @@ def run(environ: Mapping[str, str]) -> None:
     # The agent's imports go on while the child compiles.
     from otel_lb_hop.agent import Agent  # noqa: PLC0415
 
-    agent = Agent(config, loading, stop)
+    agent = Agent(config, environ, loading, stop, lines)
     agent.start()
     agent.run()
 

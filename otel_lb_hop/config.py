@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeVar
 
@@ -270,7 +270,18 @@ RECORD_RATIO: Final = Setting(
     _record_ratio,
 )
 RECORD_RATE: Final = _integer(
-    PREFIX + "RECORD_RATE", "1000", 0, 10_000_000, "Most records per second that are sent; 0 sends none."
+    PREFIX + "RECORD_RATE",
+    "1000",
+    0,
+    10_000_000,
+    "Most connections per second that get a log record and a span; failures go before; 0 sends none.",
+)
+QUEUE_BYTES: Final = _integer(
+    PREFIX + "QUEUE_BYTES",
+    str(32 << 20),
+    1 << 20,
+    1 << 33,
+    "Most bytes of log records and spans that wait for a Collector, all together; the newest are kept.",
 )
 LISTEN: Final = Setting(
     PREFIX + "LISTEN",
@@ -298,6 +309,7 @@ SETTINGS: Final[tuple[Setting[object], ...]] = (
     CONNTRACK,
     RECORD_RATIO,
     RECORD_RATE,
+    QUEUE_BYTES,
     LISTEN,
     LOG_LEVEL,
     POD_NAME,
@@ -332,6 +344,21 @@ _METRIC_INTERVAL = _integer(
 _METRIC_TIMEOUT = _integer(
     "OTEL_METRIC_EXPORT_TIMEOUT", "30000", 1, MAX_INT32, "Most milliseconds that one export of metrics may take."
 )
+_SAMPLER = Setting(
+    "OTEL_TRACES_SAMPLER",
+    "parentbased_always_on",
+    "always_on, always_off or traceidratio, alone or behind parentbased_",
+    "Sampler of spans, beside the one of all records: no span has a parent outside, so `parentbased_` says the same; "
+    "`always_off` turns spans off.",
+    _fits("(parentbased_)?(always_on|always_off|traceidratio)"),
+)
+_SAMPLER_ARG = Setting(
+    "OTEL_TRACES_SAMPLER_ARG",
+    "1.0",
+    "a number from 0 to 1",
+    "Share of good connections that get a span, with `traceidratio`.",
+    _record_ratio,
+)
 _SDK_DISABLED = Setting("OTEL_SDK_DISABLED", "false", "true, or anything for false", "Whether to send nothing.", _true)
 
 STANDARD: Final[tuple[Setting[object], ...]] = (
@@ -340,6 +367,8 @@ STANDARD: Final[tuple[Setting[object], ...]] = (
     *_SIGNAL_PROTOCOL.values(),
     _METRIC_INTERVAL,
     _METRIC_TIMEOUT,
+    _SAMPLER,
+    _SAMPLER_ARG,
     _SDK_DISABLED,
 )
 
@@ -367,6 +396,8 @@ class Config:
     pod_uid: str | None
     record_ratio: float
     record_rate: int
+    span_ratio: float
+    queue_bytes: int
     listen: tuple[str, int] | None
     log_level: str
     metrics: SignalConfig
@@ -394,6 +425,10 @@ class Config:
         def signal(name: str) -> SignalConfig:
             return SignalConfig(value(_EXPORTERS[name]), value(_SIGNAL_PROTOCOL[name]) or value(_PROTOCOL))
 
+        traces = signal("TRACES")
+        if value(_SAMPLER).endswith("always_off"):
+            traces = replace(traces, exporters=())
+
         return cls(
             node_name=value(NODE_NAME),
             interfaces=value(INTERFACES),
@@ -408,11 +443,13 @@ class Config:
             pod_uid=value(POD_UID),
             record_ratio=value(RECORD_RATIO),
             record_rate=value(RECORD_RATE),
+            span_ratio=_span_ratio(value(_SAMPLER), value(_SAMPLER_ARG)),
+            queue_bytes=value(QUEUE_BYTES),
             listen=value(LISTEN),
             log_level=value(LOG_LEVEL),
             metrics=signal("METRICS"),
             logs=signal("LOGS"),
-            traces=signal("TRACES"),
+            traces=traces,
             metric_export_interval_ms=value(_METRIC_INTERVAL),
             metric_export_timeout_ms=value(_METRIC_TIMEOUT),
             sdk_disabled=value(_SDK_DISABLED),
@@ -434,6 +471,10 @@ def _api(wish: str, environ: Mapping[str, str]) -> ApiConfig | None:
     if environ.get("KUBERNETES_SERVICE_HOST", "").strip():
         return ApiConfig(None)
     return ApiConfig("~/.kube/config") if wish == "on" else None
+
+
+def _span_ratio(sampler: str, argument: float) -> float:
+    return {"always_on": 1.0, "always_off": 0.0}.get(sampler.removeprefix("parentbased_"), argument)
 
 
 def closest_setting(name: str) -> str | None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 SCHEMA_URL = "https://opentelemetry.io/schemas/1.44.0"
 SCOPE_NAME = "otel_lb_hop"
+SCOPE_NAME_AGENT = "otel_lb_hop.agent"
+"""Of the agent's own log."""
 SERVICE_NAME = "otel-lb-hop"
 
 # Resource: https://opentelemetry.io/docs/specs/semconv/resource/
@@ -54,6 +56,8 @@ NETWORK_INTERFACE_NAME = "network.interface.name"
 FORWARD_DURATION_S = "lb_hop.forward.duration"
 HANDSHAKE_DURATION_S = "lb_hop.handshake.duration"
 SYN_RETRANSMITS = "lb_hop.syn.retransmits"
+SAMPLING_THRESHOLD = "sampling.threshold"
+"""As the Collector's probabilistic sampler writes it into log records, which have no tracestate."""
 
 # Self-telemetry
 PLACEMENT = "lb_hop.placement"
@@ -61,6 +65,11 @@ REASON = "reason"
 SIGNAL = "lb_hop.signal"
 MAP = "lb_hop.map"
 PART = "lb_hop.part"
+
+CODE_FUNCTION_NAME = "code.function.name"
+EXCEPTION_TYPE = "exception.type"
+EXCEPTION_MESSAGE = "exception.message"
+EXCEPTION_STACKTRACE = "exception.stacktrace"
 
 EVENT_FORWARDED = "lb_hop.connection.forwarded"
 EVENT_UNFORWARDED = "lb_hop.connection.unforwarded"
@@ -84,3 +93,19 @@ METRIC_TOPOLOGY_AGE = "lb_hop.topology.age"
 METRIC_MAP_USAGE = "lb_hop.map.usage"
 METRIC_MAP_LIMIT = "lb_hop.map.limit"
 METRIC_PART_HEALTHY = "lb_hop.part.healthy"
+
+# The ledger: records at each stage of their way; METRIC_RECORDS_EXPORTED and METRIC_RECORDS_DROPPED belong to it. And
+# the same of data points, which are no records: nothing is lost with a snapshot that a newer one replaced.
+STAGE = "lb_hop.stage"
+EXPORTER = "lb_hop.exporter"
+METRIC_RECORDS_SEEN = "lb_hop.records.seen"
+METRIC_RECORDS_IN_FLIGHT = "lb_hop.records.in_flight"
+METRIC_POINTS_SEEN = "lb_hop.data_points.seen"
+METRIC_POINTS_EXPORTED = "lb_hop.data_points.exported"
+METRIC_POINTS_DROPPED = "lb_hop.data_points.dropped"
+METRIC_POINTS_IN_FLIGHT = "lb_hop.data_points.in_flight"
+
+# The agent's process: https://opentelemetry.io/docs/specs/semconv/system/process-metrics/
+CPU_MODE = "cpu.mode"
+METRIC_PROCESS_CPU_TIME = "process.cpu.time"
+METRIC_PROCESS_MEMORY_USAGE = "process.memory.usage"

@@ -34,9 +34,17 @@ def trace_id(source: bytes, source_port: bytes, destination: bytes, destination_
     return mix(hashed ^ isn ^ 0x9E3779B97F4A7C15) << 64 | hashed
 
 
-def span_id(trace_high: int, trace_low: int) -> int:
-    """Make the span id of the intermediate node's span; the backend's node can name it as parent."""
-    return mix(trace_high ^ trace_low) or 1
+def span_id(trace_id: bytes) -> bytes:
+    """Take the span id of the intermediate node's span out of the 16 bytes of its trace id: the low half, as B3 does.
+
+    The backend's node can name it as parent.
+    """
+    return trace_id[8:]
+
+
+def randomness(trace_id: bytes) -> int:
+    """Read the 56 random bits of a trace id of 16 bytes, by which it is sampled."""
+    return int.from_bytes(trace_id[-_RANDOM_BITS // 8 :], "big")
 
 
 def rejection_threshold(ratio: float) -> int:

@@ -9,15 +9,13 @@ from __future__ import annotations
 import struct
 import sys
 from enum import IntEnum
-from typing import TYPE_CHECKING, NamedTuple
+from functools import lru_cache
+from typing import NamedTuple, TypeAlias
 
 from otel_lb_hop.errors import WireError
 from otel_lb_hop.model import Failure, Outcome
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 
 BOUNDS_NS = (
     1_000, 2_500, 5_000,
@@ -88,14 +86,15 @@ class Event(IntEnum):
     RECORD_RATE = 2
     RECORD_RING_FULL = 3
     RECORD_NO_VERDICT = 4
-    TRUNCATED = 5
-    FRAGMENT = 6
-    EXTENSION = 7
-    ISN_SHARED = 8
-    NO_SLOT = 9
-    LATE = 10
-    NO_ROW = 11
-    CONNTRACK_UNREAD = 12
+    RECORD_OFF = 5
+    TRUNCATED = 6
+    FRAGMENT = 7
+    EXTENSION = 8
+    ISN_SHARED = 9
+    NO_SLOT = 10
+    LATE = 11
+    NO_ROW = 12
+    CONNTRACK_UNREAD = 13
 
 
 VIP_KEY = struct.Struct("=16s2sBx")
@@ -110,7 +109,10 @@ PLACE = struct.Struct("=I")
 """A value of places: `Place`."""
 SETTINGS = struct.Struct("=QQQQQ")
 """`struct lbh_settings`, see `Settings`."""
-RECORD = struct.Struct("=QQQQQ16s16s16s2s2s2sBBIIIIH6x")
+KIND = struct.Struct("=16s2sBBIIIIHBx")
+"""`struct lbh_kind`, see `Kind`."""
+_RECORD = f"QQQ16s16s16sHH{KIND.size}s4x"
+RECORD = struct.Struct("=" + _RECORD)
 """`struct lbh_record`, see `Record`."""
 MAX_UPLINKS = 64
 UPLINKS = struct.Struct(f"={MAX_UPLINKS}I")
@@ -134,22 +136,10 @@ class Settings(NamedTuple):
         return SETTINGS.pack(*self)
 
 
-class Record(NamedTuple):
-    """`struct lbh_record`, in its order: one connection at its verdict. Times are monotonic nanoseconds.
+class Kind(NamedTuple):
+    """`struct lbh_kind`, in its order: what a connection has in common with all others of its kind."""
 
-    `snat` and `backend` hold something only if `forward_ns` is set or the verdict is TRANSLATED.
-    """
-
-    trace_high: int
-    trace_low: int
-    syn_ns: int
-    forward_ns: int
-    end_ns: int
-    client: bytes
-    snat: bytes
     backend: bytes
-    client_port: bytes
-    snat_port: bytes
     backend_port: bytes
     verdict: int
     origin: int
@@ -158,6 +148,28 @@ class Record(NamedTuple):
     in_ifindex: int
     out_ifindex: int
     retransmits: int
+    translated: int
+
+
+class Record(NamedTuple):
+    """`struct lbh_record`, in its order: one connection at its verdict. Times are monotonic nanoseconds.
+
+    `kind` is a `Kind` as bytes, which serve as a key. The client's and the SNAT source's ports are numbers.
+    """
+
+    syn_ns: int
+    forward_ns: int
+    end_ns: int
+    trace_id: bytes
+    client: bytes
+    snat: bytes
+    client_port: int
+    snat_port: int
+    kind: bytes
+
+
+RawRecord: TypeAlias = tuple[int, int, int, bytes, bytes, bytes, int, int, bytes]
+"""A `Record` without its names, as the ring gives it: they cost more than the decoding."""
 
 
 class Histogram(NamedTuple):
@@ -215,7 +227,13 @@ def sum_cpus(raw: bytes, words: int) -> tuple[int, ...]:
     total = 0
     for start in range(0, len(raw), row):
         total += int.from_bytes(raw[start : start + row], sys.byteorder)
-    return struct.unpack(f"={words}Q", total.to_bytes(row, sys.byteorder))
+    return _words(words).unpack(total.to_bytes(row, sys.byteorder))
+
+
+@lru_cache(8)
+def _words(number: int) -> struct.Struct:
+    """Make it once: finding a format by its text takes as long as the rest."""
+    return struct.Struct(f"={number}Q")
 
 
 def unpack_vip_stats(raw: bytes) -> VipStats:
@@ -228,58 +246,61 @@ def unpack_vip_stats(raw: bytes) -> VipStats:
 def unpack_hop_stats(raw: bytes) -> HopStats:
     """Sum a row of hop_stats over the CPUs."""
     words = sum_cpus(raw, HOP_STATS_WORDS)
+    internal, external, answered, refused, timeout, reply_unseen, evicted = words[:7]
     forward, handshake = words[7 : 7 + HISTOGRAM_WORDS], words[7 + HISTOGRAM_WORDS : -1]
+    # By position: naming the fields would take as long as adding them up.
     return HopStats(
-        forwarded=(words[0], words[1]),
-        answered=words[2],
-        refused=words[3],
-        timeout=words[4],
-        reply_unseen=words[5],
-        evicted=words[6],
-        forward=Histogram(forward[0], forward[1:]),
-        handshake=Histogram(handshake[0], handshake[1:]),
-        translated=words[-1],
+        (internal, external),
+        answered,
+        refused,
+        timeout,
+        reply_unseen,
+        evicted,
+        Histogram(forward[0], forward[1:]),
+        Histogram(handshake[0], handshake[1:]),
+        words[-1],
     )
 
 
 RING_BUSY = 1 << 31
 RING_DISCARD = 1 << 30
 RING_HEADER = 8
+RING_STRIDE = RING_HEADER + RECORD.size
+"""Of one record in the ring; with its header it is a multiple of the ring's 8 bytes."""
+_IN_RING = struct.Struct(f"={RING_HEADER}x" + _RECORD)
 
 
 class RingSlice(NamedTuple):
-    """What one pass over the ring found: the payloads, where to go on, how many had a wrong size."""
+    """What one pass over the ring found: the records, where to go on, how many had a wrong size."""
 
-    payloads: list[bytes]
+    records: list[RawRecord]
     position: int
     wrong_size: int
 
 
 def walk_ring(data: memoryview, position: int, produced: int, limit: int) -> RingSlice:
-    """Collect the committed records between two positions of a BPF ring buffer.
+    """Decode the committed records between two positions of a BPF ring buffer, at most `limit` of them.
 
     `data` is the data area, mapped twice in a row as the kernel offers it, so that a record never wraps
-    (kernel/bpf/ringbuf.c). Stops at the first record that is still being written, or after `limit` payloads.
+    (kernel/bpf/ringbuf.c). Stops at the first record that is still being written. Headers are read before what they
+    are the headers of.
     """
-    mask = len(data) // 2 - 1
-    payloads: list[bytes] = []
+    records: list[RawRecord] = []
     wrong_size = 0
-    while position < produced and len(payloads) < limit:
-        start = position & mask
-        header = int.from_bytes(data[start : start + 4], sys.byteorder)
+    while position < produced and len(records) < limit:
+        start = position & len(data) // 2 - 1
+        steps = min((produced - position) // RING_STRIDE, limit - len(records), (len(data) - start) // RING_STRIDE)
+        headers = data[start : start + steps * RING_STRIDE].cast("I")[:: RING_STRIDE // 4].tolist()
+        good = steps
+        if headers.count(RECORD.size) < steps:
+            good = next(index for index, header in enumerate(headers) if header != RECORD.size)
+        if good:
+            records += _IN_RING.iter_unpack(bytes(data[start : start + good * RING_STRIDE]))
+            position += good * RING_STRIDE
+            continue
+        (header,) = data[start : start + 4].cast("I")
         if header & RING_BUSY:
             break
-        size = header & ~(RING_BUSY | RING_DISCARD)
-        if not header & RING_DISCARD:
-            if size == RECORD.size:
-                start += RING_HEADER
-                payloads.append(bytes(data[start : start + size]))
-            else:
-                wrong_size += 1
-        position += (size + RING_HEADER + 7) & ~7
-    return RingSlice(payloads, position, wrong_size)
-
-
-def decode_records(payloads: list[bytes]) -> Iterator[Record]:
-    """Turn ring payloads, each of the size of a record, into records."""
-    return map(Record._make, RECORD.iter_unpack(b"".join(payloads)))
+        wrong_size += not header & RING_DISCARD
+        position += ((header & ~RING_DISCARD) + RING_HEADER + 7) & ~7
+    return RingSlice(records, position, wrong_size)

@@ -165,6 +165,7 @@ class Topology:
         self._entries: dict[bytes, _Entry] = {}
         self._backends: dict[bytes, Backend] = {}
         self._lingering: dict[bytes, int] = {}
+        self._touched: set[int] = set()
         self._nodes: dict[Source, dict[str, Node]] = {source: {} for source in Source}
         self._zones: dict[str, str] = {}
         self._zone_of_backends: str | None = None
@@ -286,6 +287,12 @@ class Topology:
                 return
             del self._lingering[key], self._backends[key]
             self._drop_backend(key)
+            self._touched.add(BACKEND_KEY.unpack(key)[0])
+
+    def take_touched(self) -> set[int]:
+        """Answer, once, the ids of the VIP ports of which anything may be otherwise than it was."""
+        touched, self._touched = self._touched, set()
+        return touched
 
     def _node(self, name: str) -> Node | None:
         return next((nodes[name] for nodes in self._nodes.values() if name in nodes), None)
@@ -310,6 +317,7 @@ class Topology:
         if claimants:
             after = self._enter(key, min(claimants), now_ns)
             self._entries[key] = after
+            self._touched.add(after.vip_id)
             keep_vip, keep_hops, keep_backends = {after.vip_id}, after.hop_ids, after.backend_keys
         else:
             keep_vip, keep_hops, keep_backends = set(), frozenset(), frozenset()
@@ -318,6 +326,7 @@ class Topology:
                 self.tables.pending.vip_ports.add(key)
         if before is None:
             return
+        self._touched.add(before.vip_id)
         self.vips.retire({before.vip_id} - keep_vip, now_ns)
         self.hops.retire(before.hop_ids - keep_hops, now_ns)
         for backend_key in before.backend_keys - keep_backends:

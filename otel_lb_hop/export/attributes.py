@@ -5,12 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from otel_lb_hop import semconv
+from otel_lb_hop.export import wire
 from otel_lb_hop.model import format_address, is_ipv4
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from otel_lb_hop.core.topology import HopRow, VipRow
 
 Attributes = dict[str, str | int | float | bool]
+
+NUMBER_ATTRIBUTES = 7
+"""Field of a NumberDataPoint."""
+HISTOGRAM_ATTRIBUTES = 9
+"""Field of a HistogramDataPoint."""
 
 
 def vip_attributes(vip: VipRow, node_name: str) -> Attributes:
@@ -35,3 +43,32 @@ def hop_attributes(row: HopRow) -> Attributes:
     if row.zone_crossed is not None:
         attributes[semconv.ZONE_CROSSED] = row.zone_crossed
     return attributes
+
+
+class Labels:
+    """Attributes of a metric's point, or the part of them that many points share.
+
+    Kept as bytes, which are made once; the attributes themselves are told anew each time, so that a row of a large
+    cluster is not in memory twice.
+    """
+
+    __slots__ = ("_histogram", "_of", "_tell", "number")
+
+    def __init__(self, tell: Callable[..., Attributes], *of: object) -> None:
+        self._tell = tell
+        self._of = of
+        self.number = wire.attributes(NUMBER_ATTRIBUTES, self.pairs)
+        """As fields of a NumberDataPoint."""
+        self._histogram: bytes | None = None
+
+    @property
+    def pairs(self) -> Attributes:
+        """The attributes by name."""
+        return self._tell(*self._of)
+
+    @property
+    def histogram(self) -> bytes:
+        """As fields of a HistogramDataPoint, of which most rows have none."""
+        if self._histogram is None:
+            self._histogram = wire.attributes(HISTOGRAM_ATTRIBUTES, self.pairs)
+        return self._histogram

@@ -1,29 +1,19 @@
-"""From a snapshot of the kernel's counters to OTLP metrics: exact cumulative sums and the kernel's own buckets.
+"""From a snapshot of the kernel's counters to the points of metrics: which there are, and what they say.
 
-Nothing is counted here. Every point has the start time of its row, so a row that is new is a new series and never
-looks like a counter that fell.
+No format is known here: `otlp_metrics` makes OTLP bytes of the points and `sdk_metrics` the SDK's classes. Nothing is
+counted here either. Every point has the start time of its row, so a row that is new is a new series and never looks
+like a counter that fell.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from typing import TYPE_CHECKING, NamedTuple
+from enum import Enum
+from functools import lru_cache
+from itertools import chain
+from operator import add
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-from opentelemetry.sdk.metrics.export import (
-    AggregationTemporality,
-    Gauge,
-    HistogramDataPoint,
-    Metric,
-    MetricsData,
-    NumberDataPoint,
-    ResourceMetrics,
-    ScopeMetrics,
-    Sum,
-)
-from opentelemetry.sdk.metrics.export import Histogram as HistogramData
-from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-
-from otel_lb_hop import __version__, semconv
+from otel_lb_hop import semconv
 from otel_lb_hop.core.hops import ORIGIN_OF
 from otel_lb_hop.core.layout import (
     BOUNDS_NS,
@@ -35,150 +25,192 @@ from otel_lb_hop.core.layout import (
     Unforwarded,
     VipStats,
 )
-from otel_lb_hop.export.attributes import Attributes, hop_attributes, vip_attributes
-from otel_lb_hop.model import Failure, Hop, Outcome, Transport
+from otel_lb_hop.core.ledger import METRICS
+from otel_lb_hop.core.topology import HopRow, Placement
+from otel_lb_hop.export.attributes import Attributes, Labels, hop_attributes, vip_attributes
+from otel_lb_hop.model import Failure, Hop, Origin, Outcome, Transport
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from opentelemetry.sdk.resources import Resource
-
+    from otel_lb_hop.core.ledger import Stage
     from otel_lb_hop.core.topology import Topology
 
 BOUNDS_S = tuple(bound / 1e9 for bound in BOUNDS_NS)
-_CUMULATIVE = AggregationTemporality.CUMULATIVE
 NO_HISTOGRAM = Histogram(0, (0,) * (len(BOUNDS_NS) + 1))
 NO_CONNECTION = VipStats((0, 0), ((0,) * len(Unforwarded),) * 2, 0)
 NO_HOP = HopStats((0, 0), 0, 0, 0, 0, 0, NO_HISTOGRAM, NO_HISTOGRAM)
 
-RECORD_DROPS = {
-    Event.RECORD_RATIO: "ratio",
-    Event.RECORD_RATE: "rate",
-    Event.RECORD_RING_FULL: "ring_full",
-    Event.RECORD_NO_VERDICT: "no_verdict",
-}
 EVENT_DROPS = {event: event.name.lower() for event in Event if event >= Event.TRUNCATED}
+HOP_ROWS_REMEMBERED = 8_192
+
+
+class Kind(Enum):
+    """How points of a metric behave. Sums and histograms are cumulative."""
+
+    COUNTER = "counter"
+    UP_DOWN = "up_down"
+    """A sum that may fall."""
+    GAUGE = "gauge"
+    HISTOGRAM = "histogram"
 
 
 class Instrument(NamedTuple):
-    """Name, unit and description of one metric."""
+    """Kind, name, unit and description of one metric."""
 
+    kind: Kind
     name: str
     unit: str
     description: str
 
 
-CONNECTIONS = Instrument(semconv.METRIC_CONNECTIONS, "{connection}", "Connections that entered this node by a VIP port")
-PENDING = Instrument(
-    semconv.METRIC_CONNECTIONS_PENDING, "{connection}", "Connections that are neither forwarded nor given up yet"
+Point: TypeAlias = tuple[Labels, Labels, int, int | float | Histogram]
+"""One series: the labels that its row has on all metrics, those beyond, start time in ns, value; its time is the
+snapshot's."""
+
+
+Told: TypeAlias = tuple[Attributes, float]
+"""Of what the agent says of itself: attributes beyond the node's name, and the value."""
+
+
+class Metric(NamedTuple):
+    """A metric and its points, which may come only once."""
+
+    instrument: Instrument
+    points: Iterable[Point]
+
+
+CONNECTIONS = Instrument(
+    Kind.COUNTER, semconv.METRIC_CONNECTIONS, "{connection}", "Connections that entered this node by a VIP port"
 )
-FAILURES = Instrument(semconv.METRIC_HANDSHAKE_FAILURES, "{connection}", "Forwarded connections whose handshake failed")
+PENDING = Instrument(
+    Kind.GAUGE,
+    semconv.METRIC_CONNECTIONS_PENDING,
+    "{connection}",
+    "Connections that are neither forwarded nor given up yet",
+)
+FAILURES = Instrument(
+    Kind.COUNTER, semconv.METRIC_HANDSHAKE_FAILURES, "{connection}", "Forwarded connections whose handshake failed"
+)
 UNSEEN = Instrument(
+    Kind.COUNTER,
     semconv.METRIC_REPLIES_UNSEEN,
     "{connection}",
     "Forwarded connections whose answer took another way (direct server return, asymmetric routing)",
 )
-RETRANSMITS = Instrument(semconv.METRIC_SYN_RETRANSMITS, "{packet}", "SYNs that clients sent again")
+RETRANSMITS = Instrument(Kind.COUNTER, semconv.METRIC_SYN_RETRANSMITS, "{packet}", "SYNs that clients sent again")
 FORWARD = Instrument(
-    semconv.METRIC_FORWARD_DURATION, "s", "From the first packet in to the translated packet out, on this node"
+    Kind.HISTOGRAM,
+    semconv.METRIC_FORWARD_DURATION,
+    "s",
+    "From the first packet in to the translated packet out, on this node",
 )
-HANDSHAKE = Instrument(semconv.METRIC_HANDSHAKE_DURATION, "s", "From the SYN in to the SYN-ACK out, on this node")
+HANDSHAKE = Instrument(
+    Kind.HISTOGRAM, semconv.METRIC_HANDSHAKE_DURATION, "s", "From the SYN in to the SYN-ACK out, on this node"
+)
 ENDPOINTS = Instrument(
+    Kind.GAUGE,
     semconv.METRIC_ENDPOINTS,
     "{endpoint}",
     "Endpoints that kube-proxy picks from, by where they are, seen from this node",
 )
-VIP_PORTS = Instrument(semconv.METRIC_VIP_PORTS, "{vip_port}", "VIP ports that are watched")
-EVENTS_DROPPED = Instrument(semconv.METRIC_EVENTS_DROPPED, "{event}", "Packets and events that could not be told")
-RECORDS_EXPORTED = Instrument(semconv.METRIC_RECORDS_EXPORTED, "{record}", "Records that an exporter took")
-RECORDS_DROPPED = Instrument(semconv.METRIC_RECORDS_DROPPED, "{record}", "Records that were not sent, by reason")
-TOPOLOGY_AGE = Instrument(semconv.METRIC_TOPOLOGY_AGE, "s", "Since the topology was last known to be current")
-MAP_USAGE = Instrument(semconv.METRIC_MAP_USAGE, "{entry}", "Entries in a kernel table")
-MAP_LIMIT = Instrument(semconv.METRIC_MAP_LIMIT, "{entry}", "Entries that a kernel table can hold")
-PART_HEALTHY = Instrument(semconv.METRIC_PART_HEALTHY, "1", "1 if a part of the agent works as it should, else 0")
+VIP_PORTS = Instrument(Kind.GAUGE, semconv.METRIC_VIP_PORTS, "{vip_port}", "VIP ports that are watched")
+EVENTS_DROPPED = Instrument(
+    Kind.COUNTER, semconv.METRIC_EVENTS_DROPPED, "{event}", "Packets and events that could not be told"
+)
+TOPOLOGY_AGE = Instrument(
+    Kind.GAUGE, semconv.METRIC_TOPOLOGY_AGE, "s", "Since the topology was last known to be current"
+)
+MAP_USAGE = Instrument(Kind.GAUGE, semconv.METRIC_MAP_USAGE, "{entry}", "Entries in a kernel table")
+MAP_LIMIT = Instrument(Kind.GAUGE, semconv.METRIC_MAP_LIMIT, "{entry}", "Entries that a kernel table can hold")
+PART_HEALTHY = Instrument(
+    Kind.GAUGE, semconv.METRIC_PART_HEALTHY, "1", "1 if a part of the agent works as it should, else 0"
+)
+RECORDS_SEEN = Instrument(Kind.COUNTER, semconv.METRIC_RECORDS_SEEN, "{record}", "Records that came to a stage")
+RECORDS_EXPORTED = Instrument(
+    Kind.COUNTER, semconv.METRIC_RECORDS_EXPORTED, "{record}", "Records that an exporter delivered"
+)
+RECORDS_DROPPED = Instrument(
+    Kind.COUNTER, semconv.METRIC_RECORDS_DROPPED, "{record}", "Records that ended at a stage, by reason"
+)
+RECORDS_IN_FLIGHT = Instrument(Kind.GAUGE, semconv.METRIC_RECORDS_IN_FLIGHT, "{record}", "Records that are in a stage")
+POINTS_SEEN = Instrument(
+    Kind.COUNTER, semconv.METRIC_POINTS_SEEN, "{data_point}", "Data points of metrics that came to a stage"
+)
+POINTS_EXPORTED = Instrument(
+    Kind.COUNTER, semconv.METRIC_POINTS_EXPORTED, "{data_point}", "Data points of metrics that an exporter delivered"
+)
+POINTS_DROPPED = Instrument(
+    Kind.COUNTER, semconv.METRIC_POINTS_DROPPED, "{data_point}", "Data points that ended at a stage, by reason"
+)
+POINTS_IN_FLIGHT = Instrument(
+    Kind.GAUGE, semconv.METRIC_POINTS_IN_FLIGHT, "{data_point}", "Data points that are in a stage"
+)
+CPU_TIME = Instrument(Kind.COUNTER, semconv.METRIC_PROCESS_CPU_TIME, "s", "CPU time that the agent's process has used")
+MEMORY_USAGE = Instrument(
+    Kind.UP_DOWN, semconv.METRIC_PROCESS_MEMORY_USAGE, "By", "Physical memory that the agent's process has"
+)
+
+
+class Usage(NamedTuple):
+    """What the agent's process has used of the machine."""
+
+    cpu_user_s: float
+    cpu_system_s: float
+    memory_bytes: int
+    """Resident."""
 
 
 class SelfReport(NamedTuple):
     """What the agent says of itself in one export."""
 
     events: tuple[int, ...]
-    record_drops: Mapping[tuple[str, str], int]
-    """(signal, reason) → records given up in user space; signal "" before they are split by signal."""
-    records_exported: Mapping[str, int]
+    """The kernel's counters by `Event`."""
+    stages: Sequence[Stage]
+    """The ledger, each record's way from its first stage to its last."""
     vip_ports: int
     topology_age_s: float
     map_usage: Mapping[str, tuple[int, int]]
     """Map → (entries, limit)."""
     parts_healthy: Mapping[str, bool]
-
-
-def _add_histograms(first: Histogram, second: Histogram) -> Histogram:
-    return Histogram(
-        first.sum_ns + second.sum_ns, tuple(a + b for a, b in zip(first.buckets, second.buckets, strict=True))
-    )
-
-
-class _Sum(NamedTuple):
-    """What one (VIP port, hop class) has in common over all nodes of backends."""
-
-    forwarded: int = 0
-    refused: int = 0
-    timeout: int = 0
-    reply_unseen: int = 0
-    forward: Histogram = NO_HISTOGRAM
-    handshake: Histogram = NO_HISTOGRAM
-
-    def plus(self, stats: HopStats) -> _Sum:
-        return _Sum(
-            self.forwarded + sum(stats.forwarded),
-            self.refused + stats.refused,
-            self.timeout + stats.timeout,
-            self.reply_unseen + stats.reply_unseen,
-            _add_histograms(self.forward, stats.forward),
-            _add_histograms(self.handshake, stats.handshake),
-        )
+    process: Usage
 
 
 class MetricsBuilder:
-    """Makes MetricsData out of snapshots. Keeps attributes made once per row, and what forgotten rows had counted.
+    """Makes points out of snapshots. Keeps labels made once per row, and what forgotten rows had counted.
 
     Metrics by (VIP port, hop class) sum over rows by backend node; when a node has long gone and its row with it,
     the sum must not fall, so its last state stays in a carry.
     """
 
-    def __init__(self, resource: Resource, topology: Topology, node_name: str, started_ns: int) -> None:
-        self.resource = resource
+    def __init__(self, topology: Topology, node_name: str, started_ns: int) -> None:
         self._topology = topology
         self._node_name = node_name
         self._started_ns = started_ns
-        self._scope = InstrumentationScope(semconv.SCOPE_NAME, __version__, semconv.SCHEMA_URL)
-        self._vip_attributes: dict[int, Attributes] = {}
-        self._carry: dict[tuple[int, Hop], _Sum] = {}
+        self._self_labels = _labels({semconv.K8S_NODE_NAME: node_name})
+        self._vip_labels: dict[int, Labels] = {}
+        self._carry: dict[tuple[int, Hop], HopStats] = {}
         self._used: set[int] = set()
 
     def carry_over(self, vip_id: int, hop: Hop, last: HopStats) -> None:
         """Keep what a row had counted that is about to be forgotten."""
-        self._carry[vip_id, hop] = self._carry.get((vip_id, hop), _Sum()).plus(last)
+        self._carry[vip_id, hop] = _added(self._carry.get((vip_id, hop), NO_HOP), last)
 
-    def build(
-        self, vips: Mapping[int, VipStats], hops: Mapping[int, HopStats], report: SelfReport, now_ns: int
-    ) -> MetricsData:
-        """Make one export."""
+    def build(self, vips: Mapping[int, VipStats], hops: Mapping[int, HopStats], report: SelfReport) -> Iterator[Metric]:
+        """Make one export. A metric's points are to be taken before the next metric, and may be none."""
         self._forget_gone()
         # A cluster has thousands of VIP ports that never take a connection on this node: of them only the endpoints.
         rows = self._topology.hops.by_id
-        self._used |= {vip_id for vip_id, stats in vips.items() if stats != NO_CONNECTION}
-        self._used |= {rows[hop_id].vip_id for hop_id, stats in hops.items() if stats != NO_HOP}
+        self._used.update(_busy(vips, NO_CONNECTION))
+        self._used.update(rows[hop_id].vip_id for hop_id in _busy(hops, NO_HOP))
         used_vips = {vip_id: stats for vip_id, stats in vips.items() if vip_id in self._used}
         used_hops = {hop_id: stats for hop_id, stats in hops.items() if rows[hop_id].vip_id in self._used}
-        metrics = [
-            *self._traffic(used_vips, used_hops, now_ns),
-            *self._topology_gauges(now_ns),
-            *self._self_metrics(report, now_ns),
-        ]
-        metrics = [metric for metric in metrics if metric.data.data_points]
-        scope = ScopeMetrics(self._scope, metrics, semconv.SCHEMA_URL)
-        return MetricsData([ResourceMetrics(self.resource, [scope], self.resource.schema_url)])
+        yield from self._traffic(used_vips, used_hops)
+        yield Metric(ENDPOINTS, self._endpoints())
+        for instrument, points in self._self_points(report).items():
+            yield Metric(
+                instrument, [(self._self_labels, _labels(labels), self._started_ns, value) for labels, value in points]
+            )
 
     def pending(self, vips: Mapping[int, VipStats], hops: Mapping[int, HopStats]) -> dict[int, int]:
         """Count, by VIP port's id, the connections that came in less those that were forwarded or given up.
@@ -191,154 +223,194 @@ class MetricsBuilder:
         known = self._topology.vips.by_id
         self._carry = {key: value for key, value in self._carry.items() if key[0] in known}
         self._used &= known.keys()
-        self._vip_attributes = {
-            vip_id: self._vip_attributes.get(vip_id) or vip_attributes(row, self._node_name)
-            for vip_id, row in known.items()
-        }
+        for vip_id in self._vip_labels.keys() - known.keys():
+            del self._vip_labels[vip_id]
+        for vip_id in known.keys() - self._vip_labels.keys():
+            self._vip_labels[vip_id] = Labels(vip_attributes, known[vip_id], self._node_name)
 
-    def _traffic(self, vips: Mapping[int, VipStats], hops: Mapping[int, HopStats], now_ns: int) -> Iterable[Metric]:
-        connections: list[NumberDataPoint] = []
-        retransmits: list[NumberDataPoint] = []
-        for vip_id, stats in vips.items():
-            base, start_ns = self._vip_attributes[vip_id], self._topology.vips.created_ns[vip_id]
-            if self._topology.vips.by_id[vip_id].transport is Transport.TCP:
-                retransmits.append(NumberDataPoint(base, start_ns, now_ns, stats.retransmits))
-            for origin in OriginCode:
-                for reason in Unforwarded:
-                    if count := stats.unforwarded[origin][reason]:
-                        attributes = base | {
-                            semconv.OUTCOME: OUTCOME_OF[reason].value,
-                            semconv.ORIGIN: ORIGIN_OF[origin].value,
-                        }
-                        connections.append(NumberDataPoint(attributes, start_ns, now_ns, count))
-        for hop_id, hop_stats in hops.items():
-            row, start_ns = self._topology.hops.by_id[hop_id], self._topology.hops.created_ns[hop_id]
-            for origin in OriginCode:
-                count = hop_stats.forwarded[origin]
-                # A zero says that the way exists and nobody took it; that is worth a series for the usual ways only.
-                if count or (origin is OriginCode.EXTERNAL and row.hop is not Hop.UNKNOWN):
-                    attributes = self._vip_attributes[row.vip_id] | hop_attributes(row)
-                    attributes[semconv.OUTCOME] = Outcome.FORWARDED.value
-                    attributes[semconv.ORIGIN] = ORIGIN_OF[origin].value
-                    connections.append(NumberDataPoint(attributes, start_ns, now_ns, count))
-        yield _counter(CONNECTIONS, connections)
-        yield _counter(RETRANSMITS, retransmits)
+    def _traffic(self, vips: Mapping[int, VipStats], hops: Mapping[int, HopStats]) -> Iterator[Metric]:
         sums = self._sums(hops)
-        yield from self._by_hop_class(sums, now_ns)
-        yield _gauge(
+        yield Metric(CONNECTIONS, chain(self._unforwarded(vips), self._forwarded(hops)))
+        yield Metric(RETRANSMITS, self._retransmits(vips))
+        yield Metric(FAILURES, self._failures(sums))
+        yield Metric(UNSEEN, self._by_hop_class((key, total.reply_unseen) for key, total in sums.items()))
+        yield Metric(FORWARD, self._by_hop_class((key, _measured(total.forward)) for key, total in sums.items()))
+        yield Metric(HANDSHAKE, self._by_hop_class((key, _measured(total.handshake)) for key, total in sums.items()))
+        pending = _pending(vips, sums).items()
+        yield Metric(
             PENDING,
-            [
-                NumberDataPoint(self._vip_attributes[vip_id], self._started_ns, now_ns, count)
-                for vip_id, count in _pending(vips, sums).items()
-            ],
+            ((self._vip_labels[vip_id], _NO_LABELS, self._started_ns, count) for vip_id, count in pending),
         )
 
-    def _sums(self, hops: Mapping[int, HopStats]) -> dict[tuple[int, Hop], _Sum]:
-        sums = dict(self._carry)
-        for hop_id, stats in hops.items():
-            row = self._topology.hops.by_id[hop_id]
-            key = row.vip_id, row.hop
-            sums[key] = sums.get(key, _Sum()).plus(stats)
-        return sums
+    def _unforwarded(self, vips: Mapping[int, VipStats]) -> Iterator[Point]:
+        for vip_id, stats in vips.items():
+            for origin, counts in enumerate(stats.unforwarded):
+                for reason, count in enumerate(counts):
+                    if count:
+                        start_ns = self._topology.vips.created_ns[vip_id]
+                        yield self._vip_labels[vip_id], _UNFORWARDED[origin, reason], start_ns, count
 
-    def _by_hop_class(self, sums: Mapping[tuple[int, Hop], _Sum], now_ns: int) -> Iterable[Metric]:
-        failures: list[NumberDataPoint] = []
-        unseen: list[NumberDataPoint] = []
-        forward: list[HistogramDataPoint] = []
-        handshake: list[HistogramDataPoint] = []
+    def _forwarded(self, hops: Mapping[int, HopStats]) -> Iterator[Point]:
+        labels, rows, created_ns = self._vip_labels, self._topology.hops.by_id, self._topology.hops.created_ns
+        for hop_id, stats in hops.items():
+            vip_id, hop, node, zone_crossed = rows[hop_id]
+            internal, external = stats.forwarded
+            if internal:
+                beyond = _forwarded(hop, node, zone_crossed, Origin.INTERNAL)
+                yield labels[vip_id], beyond, created_ns[hop_id], internal
+            # A zero says that the way exists and nobody took it; that is worth a series for the usual ways only.
+            if external or hop is not Hop.UNKNOWN:
+                beyond = _forwarded(hop, node, zone_crossed, Origin.EXTERNAL)
+                yield labels[vip_id], beyond, created_ns[hop_id], external
+
+    def _retransmits(self, vips: Mapping[int, VipStats]) -> Iterator[Point]:
+        rows, created_ns = self._topology.vips.by_id, self._topology.vips.created_ns
+        for vip_id, stats in vips.items():
+            if rows[vip_id].transport is Transport.TCP:
+                yield self._vip_labels[vip_id], _NO_LABELS, created_ns[vip_id], stats.retransmits
+
+    def _failures(self, sums: Mapping[tuple[int, Hop], HopStats]) -> Iterator[Point]:
         for (vip_id, hop), total in sums.items():
-            # The VIP port's row is as old as the oldest of its hops.
-            start_ns = self._topology.vips.created_ns[vip_id]
-            attributes = self._vip_attributes[vip_id] | {semconv.HOP: hop.value}
             for failure, count in ((Failure.REFUSED, total.refused), (Failure.TIMEOUT, total.timeout)):
                 if count:
-                    labels = attributes | {semconv.ERROR_TYPE: failure.value}
-                    failures.append(NumberDataPoint(labels, start_ns, now_ns, count))
-            if total.reply_unseen:
-                unseen.append(NumberDataPoint(attributes, start_ns, now_ns, total.reply_unseen))
-            for points, histogram in ((forward, total.forward), (handshake, total.handshake)):
-                if histogram.observations:
-                    points.append(_histogram_point(attributes, start_ns, now_ns, histogram))
-        yield _counter(FAILURES, failures)
-        yield _counter(UNSEEN, unseen)
-        yield _histogram(FORWARD, forward)
-        yield _histogram(HANDSHAKE, handshake)
+                    start_ns = self._topology.vips.created_ns[vip_id]
+                    yield self._vip_labels[vip_id], _FAILED[hop, failure], start_ns, count
 
-    def _topology_gauges(self, now_ns: int) -> Iterable[Metric]:
-        points = [
-            NumberDataPoint(self._vip_attributes[vip_id] | {semconv.PLACEMENT: place}, self._started_ns, now_ns, count)
-            for vip_id, placement in self._topology.placements.items()
-            for place, count in placement._asdict().items()
-        ]
-        yield _gauge(ENDPOINTS, points)
+    def _by_hop_class(self, values: Iterable[tuple[tuple[int, Hop], int | Histogram | None]]) -> Iterator[Point]:
+        """Tell what is not 0. The VIP port's row, whose start time it has, is as old as the oldest of its hops."""
+        labels, created_ns = self._vip_labels, self._topology.vips.created_ns
+        for (vip_id, hop), value in values:
+            if value:
+                yield labels[vip_id], _BY_HOP[hop], created_ns[vip_id], value
 
-    def _self_metrics(self, report: SelfReport, now_ns: int) -> Iterable[Metric]:
-        def point(value: float, **labels: str) -> NumberDataPoint:
-            attributes = {semconv.K8S_NODE_NAME: self._node_name} | labels
-            return NumberDataPoint(attributes, self._started_ns, now_ns, value)
+    def _sums(self, hops: Mapping[int, HopStats]) -> dict[tuple[int, Hop], HopStats]:
+        """Add up over the nodes of backends."""
+        sums = dict(self._carry)
+        rows = self._topology.hops.by_id
+        for hop_id, stats in hops.items():
+            row = rows[hop_id]
+            key = row.vip_id, row.hop
+            before = sums.get(key)
+            sums[key] = _added(before, stats) if before else stats
+        return sums
 
-        drops: dict[tuple[str, str], int] = defaultdict(int, report.record_drops)
-        for event, reason in RECORD_DROPS.items():
-            drops["", reason] += report.events[event]
-        yield _counter(
-            RECORDS_DROPPED,
-            [
-                point(count, **{semconv.REASON: reason} | ({semconv.SIGNAL: signal} if signal else {}))
-                for (signal, reason), count in drops.items()
+    def _endpoints(self) -> Iterator[Point]:
+        for vip_id, placement in self._topology.placements.items():
+            own = self._vip_labels[vip_id]
+            for beyond, count in zip(_PLACEMENTS, placement, strict=True):
+                yield own, beyond, self._started_ns, count
+
+    def _self_points(self, report: SelfReport) -> dict[Instrument, list[Told]]:
+        """Tell the values of what the agent says of itself, by attributes beyond the node's name."""
+        usage, process = report.map_usage.items(), report.process
+        records = [stage for stage in report.stages if stage.signal != METRICS]
+        points = [stage for stage in report.stages if stage.signal == METRICS]
+        return {
+            **_ledger_points(records, RECORDS_SEEN, RECORDS_EXPORTED, RECORDS_DROPPED, RECORDS_IN_FLIGHT),
+            **_ledger_points(points, POINTS_SEEN, POINTS_EXPORTED, POINTS_DROPPED, POINTS_IN_FLIGHT),
+            EVENTS_DROPPED: [({semconv.REASON: reason}, report.events[event]) for event, reason in EVENT_DROPS.items()],
+            VIP_PORTS: [({}, report.vip_ports)],
+            TOPOLOGY_AGE: [({}, report.topology_age_s)],
+            MAP_USAGE: [({semconv.MAP: name}, used) for name, (used, _) in usage],
+            MAP_LIMIT: [({semconv.MAP: name}, limit) for name, (_, limit) in usage],
+            PART_HEALTHY: [({semconv.PART: part}, int(healthy)) for part, healthy in report.parts_healthy.items()],
+            CPU_TIME: [
+                ({semconv.CPU_MODE: "user"}, process.cpu_user_s),
+                ({semconv.CPU_MODE: "system"}, process.cpu_system_s),
             ],
-        )
-        yield _counter(
-            RECORDS_EXPORTED,
-            [point(count, **{semconv.SIGNAL: signal}) for signal, count in report.records_exported.items()],
-        )
-        yield _counter(
-            EVENTS_DROPPED,
-            [point(report.events[event], **{semconv.REASON: reason}) for event, reason in EVENT_DROPS.items()],
-        )
-        yield _gauge(VIP_PORTS, [point(report.vip_ports)])
-        yield _gauge(TOPOLOGY_AGE, [point(report.topology_age_s)])
-        usage = report.map_usage.items()
-        yield _gauge(MAP_USAGE, [point(used, **{semconv.MAP: name}) for name, (used, _) in usage])
-        yield _gauge(MAP_LIMIT, [point(limit, **{semconv.MAP: name}) for name, (_, limit) in usage])
-        yield _gauge(
-            PART_HEALTHY,
-            [point(int(healthy), **{semconv.PART: part}) for part, healthy in report.parts_healthy.items()],
-        )
+            MEMORY_USAGE: [({}, process.memory_bytes)],
+        }
 
 
-def _pending(vips: Mapping[int, VipStats], sums: Mapping[tuple[int, Hop], _Sum]) -> dict[int, int]:
-    pending = {
-        vip_id: sum(stats.connections) - sum(sum(reasons) for reasons in stats.unforwarded)
-        for vip_id, stats in vips.items()
-    }
+def _ledger_points(
+    stages: Iterable[Stage], seen: Instrument, exported: Instrument, dropped: Instrument, in_flight: Instrument
+) -> dict[Instrument, list[Told]]:
+    """Tell of each stage what came, what ended and what is there; and of the last of each way what was delivered.
+
+    What a stage before the last passed on is what the next has seen: told too, it would be counted twice in a sum over
+    stages. As it is, dropped over all stages is everything that was lost, each loss once, and exported what arrived.
+    """
+    told: dict[Instrument, list[Told]] = {seen: [], exported: [], dropped: [], in_flight: []}
+    delivered = {}
+    for stage in stages:
+        known = {semconv.STAGE: stage.name, semconv.SIGNAL: stage.signal, semconv.EXPORTER: stage.exporter}
+        where: Attributes = {name: value for name, value in known.items() if value}
+        told[seen].append((where, stage.seen))
+        told[in_flight].append((where, stage.in_flight))
+        told[dropped] += [(where | {semconv.REASON: reason}, count) for reason, count in stage.dropped.items()]
+        if stage.signal:
+            delivered[stage.signal, stage.exporter] = where, stage.exported
+    told[exported] += delivered.values()
+    return told
+
+
+def _busy(rows: Mapping[int, VipStats] | Mapping[int, HopStats], idle: VipStats | HopStats) -> Iterator[int]:
+    """Tell the ids of the rows that have counted something. Those that have not are in a snapshot one value."""
+    for row_id, stats in rows.items():
+        if stats is idle:
+            continue
+        if stats == idle:
+            idle = stats
+        else:
+            yield row_id
+
+
+def _pending(vips: Mapping[int, VipStats], sums: Mapping[tuple[int, Hop], HopStats]) -> dict[int, int]:
+    pending = {vip_id: sum(stats.connections) - sum(map(sum, stats.unforwarded)) for vip_id, stats in vips.items()}
     for (vip_id, _), total in sums.items():
         if vip_id in pending:
-            pending[vip_id] -= total.forwarded
+            pending[vip_id] -= sum(total.forwarded)
     return pending
 
 
-def _histogram_point(attributes: Attributes, start_ns: int, now_ns: int, histogram: Histogram) -> HistogramDataPoint:
-    return HistogramDataPoint(
-        attributes=attributes,
-        start_time_unix_nano=start_ns,
-        time_unix_nano=now_ns,
-        count=histogram.observations,
-        sum=histogram.sum_ns / 1e9,
-        bucket_counts=histogram.buckets,
-        explicit_bounds=BOUNDS_S,
-        # OTLP makes both optional, and the kernel keeps neither; None leaves them out.
-        min=None,  # type: ignore[arg-type]
-        max=None,  # type: ignore[arg-type]
+def _measured(histogram: Histogram) -> Histogram | None:
+    return histogram if any(histogram.buckets) else None
+
+
+def _added(first: HopStats, second: HopStats) -> HopStats:
+    return HopStats(
+        (first.forwarded[0] + second.forwarded[0], first.forwarded[1] + second.forwarded[1]),
+        first.answered + second.answered,
+        first.refused + second.refused,
+        first.timeout + second.timeout,
+        first.reply_unseen + second.reply_unseen,
+        first.evicted + second.evicted,
+        _added_histograms(first.forward, second.forward),
+        _added_histograms(first.handshake, second.handshake),
+        first.translated + second.translated,
     )
 
 
-def _counter(instrument: Instrument, points: list[NumberDataPoint]) -> Metric:
-    return Metric(instrument.name, instrument.description, instrument.unit, Sum(points, _CUMULATIVE, True))  # noqa: FBT003
+def _added_histograms(first: Histogram, second: Histogram) -> Histogram:
+    return Histogram(first.sum_ns + second.sum_ns, tuple(map(add, first.buckets, second.buckets)))
 
 
-def _gauge(instrument: Instrument, points: list[NumberDataPoint]) -> Metric:
-    return Metric(instrument.name, instrument.description, instrument.unit, Gauge(points))
+def _labels(pairs: Attributes) -> Labels:
+    return Labels(dict, pairs)
 
 
-def _histogram(instrument: Instrument, points: list[HistogramDataPoint]) -> Metric:
-    return Metric(instrument.name, instrument.description, instrument.unit, HistogramData(points, _CUMULATIVE))
+_NO_LABELS = _labels({})
+_PLACEMENTS = [_labels({semconv.PLACEMENT: place}) for place in Placement._fields]
+_BY_HOP = {hop: _labels({semconv.HOP: hop.value}) for hop in Hop}
+_FAILED = {
+    (hop, failure): _labels({semconv.HOP: hop.value, semconv.ERROR_TYPE: failure.value})
+    for hop in Hop
+    for failure in Failure
+}
+_UNFORWARDED = {
+    (int(origin), int(reason)): _labels(
+        {semconv.OUTCOME: OUTCOME_OF[reason].value, semconv.ORIGIN: ORIGIN_OF[origin].value}
+    )
+    for origin in OriginCode
+    for reason in Unforwarded
+}
+
+
+def _forwarded_attributes(row: HopRow, origin: Origin) -> Attributes:
+    return hop_attributes(row) | {semconv.OUTCOME: Outcome.FORWARDED.value, semconv.ORIGIN: origin.value}
+
+
+@lru_cache(HOP_ROWS_REMEMBERED)
+def _forwarded(hop: Hop, node: str | None, zone_crossed: bool | None, origin: Origin) -> Labels:  # noqa: FBT001 - a row's
+    """Make labels that the rows of many VIP ports share."""
+    return Labels(_forwarded_attributes, HopRow(0, hop, node, zone_crossed), origin)

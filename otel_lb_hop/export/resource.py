@@ -8,6 +8,7 @@ from typing import NamedTuple
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 
 from otel_lb_hop import __version__, semconv
+from otel_lb_hop.export.wire import Envelope
 
 
 class Identity(NamedTuple):
@@ -45,3 +46,11 @@ def make_resource(identity: Identity) -> Resource:
     }
     known = {name: value for name, value in attributes.items() if value}
     return Resource(known, semconv.SCHEMA_URL).merge(OTELResourceDetector().detect())
+
+
+def make_envelope(
+    resource: Resource, scope_name: str = semconv.SCOPE_NAME, scope_version: str = __version__
+) -> Envelope:
+    """Write the resource and a scope for OTLP. The attributes above and those of the detector are all plain values."""
+    plain = {name: value for name, value in resource.attributes.items() if isinstance(value, str | bool | int | float)}
+    return Envelope(plain, scope_name, scope_version, semconv.SCHEMA_URL)

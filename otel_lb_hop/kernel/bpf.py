@@ -25,6 +25,7 @@ _MAP_DELETE_ELEM = 3
 _MAP_GET_NEXT_KEY = 4
 _PROG_TEST_RUN = 10
 _OBJ_GET_INFO_BY_FD = 15
+_MAP_LOOKUP_BATCH = 24
 _LINK_CREATE = 28
 
 
@@ -34,6 +35,9 @@ BPF_TCX_INGRESS = 46
 BPF_TCX_EGRESS = 47
 
 _ATTRIBUTES_SIZE = 128
+_BATCH_BYTES = 1 << 17
+_BATCH_ENTRIES = 16
+"""At least: a bucket of a hash map hardly ever has more."""
 _SHORTEST_PACKET = 14
 """BPF_PROG_TEST_RUN of a tc program wants an Ethernet header at least (net/bpf/test_run.c)."""
 
@@ -54,6 +58,10 @@ def _bpf(command: int, attributes: bytes) -> int:
 
 def _address(buffer: ctypes.Array[ctypes.c_char] | None) -> int:
     return ctypes.addressof(buffer) if buffer is not None else 0
+
+
+def _cut(data: bytes, size: int, count: int) -> list[bytes]:
+    return [data[start : start + size] for start in range(0, count * size, size)]
 
 
 def possible_cpus() -> int:
@@ -116,6 +124,38 @@ class Map:
                 return
             key = following.raw
             yield key
+
+    def items(self, room: int = 0) -> Iterator[tuple[bytes, bytes]]:
+        """Read all entries of a hash map, at most `room` by one call, if not told otherwise about 256 KiB of them.
+
+        The kernel reads bucket by bucket, each whole and under its lock, and an entry never changes its bucket
+        (__htab_map_lookup_and_delete_batch in kernel/bpf/hashtab.c): what is there throughout comes exactly once, what
+        comes or goes meanwhile once or not at all. Linux 5.6 and later.
+        """
+        room = room or max(_BATCH_ENTRIES, _BATCH_BYTES // self.value_size)
+        cursor, following = (ctypes.create_string_buffer(max(4, self.key_size)) for _ in range(2))
+        keys, values = (ctypes.create_string_buffer(room * size) for size in (self.key_size, self.value_size))
+        at = 0
+        more = True
+        while more:
+            batch = struct.pack(
+                "=QQQQIIQQ", at, _address(following), _address(keys), _address(values), room, self.fd, 0, 0
+            )
+            attributes = ctypes.create_string_buffer(batch, _ATTRIBUTES_SIZE)
+            try:
+                _call(_MAP_LOOKUP_BATCH, attributes)
+            except OSError as error:
+                if error.errno == errno.ENOSPC:  # the next bucket alone has more
+                    room *= 2
+                    keys, values = (ctypes.create_string_buffer(2 * len(each)) for each in (keys, values))
+                    continue
+                if error.errno != errno.ENOENT:
+                    raise
+                more = False  # what came with it are the last
+            (count,) = struct.unpack_from("=I", attributes, 32)
+            yield from zip(_cut(keys.raw, self.key_size, count), _cut(values.raw, self.value_size, count), strict=True)
+            cursor, following = following, cursor
+            at = _address(cursor)
 
 
 def run_program(fd: int, packet: bytes = b"", repeat: int = 1, context: bytes = b"") -> tuple[int, bytes, int]:

@@ -85,8 +85,8 @@ LARGEST_RING_PAGES = 4_096
 
 
 def ring_pages(records_per_second: int) -> int:
-    """Choose a ring that holds the records of two seconds: the burst that the rate allows, and what comes behind it."""
-    wanted = 2 * records_per_second * (layout.RECORD.size + layout.RING_HEADER) // mmap.PAGESIZE
+    """Choose a ring that holds the records of three seconds: the bursts that the rate allows, and what comes behind."""
+    wanted = 3 * records_per_second * layout.RING_STRIDE // mmap.PAGESIZE
     return min(max(SMALLEST_RING_PAGES, 1 << wanted.bit_length()), LARGEST_RING_PAGES)
 
 

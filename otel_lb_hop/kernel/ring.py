@@ -7,12 +7,10 @@ import struct
 import sys
 from typing import TYPE_CHECKING
 
-from otel_lb_hop.core.layout import RECORD, RING_HEADER, decode_records, walk_ring
+from otel_lb_hop.core.layout import RING_STRIDE, walk_ring
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from otel_lb_hop.core.layout import Record
+    from otel_lb_hop.core.layout import RawRecord
 
 
 class Ring:
@@ -30,22 +28,30 @@ class Ring:
         self._producer = mmap.mmap(fd, page + 2 * self.capacity, mmap.MAP_SHARED, mmap.PROT_READ, offset=page)
         self._data = memoryview(self._producer)[page:]
         self._position = int.from_bytes(self._consumer[:8], sys.byteorder)
+        self.taken = 0
+        """Records that were given out."""
         self.wrong_size = 0
+
+    @property
+    def seen(self) -> int:
+        """How many records were ever put in, read or not: the kernel's position, in records."""
+        return int.from_bytes(self._producer[:8], sys.byteorder) // RING_STRIDE
 
     @property
     def pending_records(self) -> int:
         """How many records wait to be read."""
         waiting = int.from_bytes(self._producer[:8], sys.byteorder) - self._position
-        return waiting // (RECORD.size + RING_HEADER)
+        return waiting // RING_STRIDE
 
-    def drain(self, limit: int) -> Iterator[Record]:
+    def drain(self, limit: int) -> list[RawRecord]:
         """Take up to `limit` records and give their space back to the kernel."""
         produced = int.from_bytes(self._producer[:8], sys.byteorder)
         taken = walk_ring(self._data, self._position, produced, limit)
         self._position = taken.position
+        self.taken += len(taken.records)
         self.wrong_size += taken.wrong_size
         struct.pack_into("=Q", self._consumer, 0, self._position)
-        return decode_records(taken.payloads)
+        return taken.records
 
     def close(self) -> None:
         """Unmap it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import sys
 import time
@@ -11,6 +12,7 @@ from otel_lb_hop.core.layout import MAX_UPLINKS, UPLINKS, VIP_VALUE, Event, sum_
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from collections.abc import Set as AbstractSet
 
     from otel_lb_hop.core.layout import HopStats, Settings, VipStats
     from otel_lb_hop.core.topology import Rows, Tables
@@ -24,6 +26,9 @@ REFILL_SECONDS = (0.001, 0.004, 0.016)
 """The kernel takes the memory of rows from a reserve that it fills again a moment later (mm/percpu.c): thousands of new
 rows at once find it empty now and then."""
 
+BATCH_ROWS = 256
+"""A batch walks all buckets of a map, of which there are as many as rows may be: for fewer rows that costs more."""
+
 
 class Snapshot(NamedTuple):
     """All counters at one time: rows by id, and the events by `Event`."""
@@ -31,6 +36,13 @@ class Snapshot(NamedTuple):
     vips: dict[int, VipStats]
     hops: dict[int, HopStats]
     events: tuple[int, ...]
+
+
+class LastCounts(NamedTuple):
+    """The counters of rows that are no more, by id."""
+
+    vips: dict[int, VipStats]
+    hops: dict[int, HopStats]
 
 
 def _id(number: int) -> bytes:
@@ -79,16 +91,12 @@ class KernelTables:
         if errors:
             raise errors[0]
 
-    def keep_rows(self, rows: Rows) -> dict[int, HopStats]:
-        """Remove the rows that are no longer wanted; answers what the hop rows among them had counted at last."""
-        last = {}
-        for number in self._hop_ids - rows.hop_ids:
-            raw = self._loaded.hop_stats.get(_id(number))
-            if raw is not None:
-                last[number] = unpack_hop_stats(raw)
-            self._loaded.hop_stats.delete(_id(number))
-        for number in self._vip_ids - rows.vip_ids:
-            self._loaded.vip_stats.delete(_id(number))
+    def keep_rows(self, rows: Rows) -> LastCounts:
+        """Remove the rows that are no longer wanted; answers what they had counted at last."""
+        last = LastCounts(
+            hops=_remove(self._loaded.hop_stats, self._hop_ids - rows.hop_ids, unpack_hop_stats),
+            vips=_remove(self._loaded.vip_stats, self._vip_ids - rows.vip_ids, unpack_vip_stats),
+        )
         self._vip_ids &= rows.vip_ids
         self._hop_ids &= rows.hop_ids
         return last
@@ -163,19 +171,33 @@ class KernelTables:
         return tuple(counters)
 
 
-def _read(table: Map, numbers: Iterable[int], unpack: Callable[[bytes], _Stats]) -> dict[int, _Stats]:
+def _read(table: Map, numbers: AbstractSet[int], unpack: Callable[[bytes], _Stats]) -> dict[int, _Stats]:
     """Read rows. Those that have counted nothing, in a large cluster almost all, share one value."""
     rows: dict[int, _Stats] = {}
-    idle: _Stats | None = None
+    zeros = bytes(table.value_size)
+    idle = unpack(zeros)
+    if len(numbers) >= BATCH_ROWS:
+        # Where the kernel cannot (before 5.6, or for lack of memory), single reads do without, or tell what is wrong.
+        with contextlib.suppress(OSError):
+            for key, raw in table.items():
+                number = int.from_bytes(key, sys.byteorder)
+                if number in numbers:
+                    rows[number] = idle if raw == zeros else unpack(raw)
+    for number in numbers - rows.keys():
+        single = table.get(_id(number))
+        if single is not None:
+            rows[number] = idle if single == zeros else unpack(single)
+    return rows
+
+
+def _remove(table: Map, numbers: Iterable[int], unpack: Callable[[bytes], _Stats]) -> dict[int, _Stats]:
+    last = {}
     for number in numbers:
         raw = table.get(_id(number))
-        if raw is None:
-            continue
-        if raw == bytes(len(raw)):
-            rows[number] = idle = idle or unpack(raw)
-        else:
-            rows[number] = unpack(raw)
-    return rows
+        if raw is not None:
+            last[number] = unpack(raw)
+        table.delete(_id(number))
+    return last
 
 
 def _do_each(keys: set[_Key], work: Callable[[_Key], None], errors: list[OSError]) -> None:

@@ -1,12 +1,17 @@
-"""The agent's own log on stderr: one line per cause and ten seconds, however often the cause comes up."""
+"""The agent's own log, on stderr and by OTLP: one line per cause and ten seconds, however often the cause comes up."""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import deque
+
+from otel_lb_hop.export.log_lines import LogLine
 
 QUIET_SECONDS = 10.0
 REMEMBERED_CAUSES = 1_000
+KEPT_LINES = 256
+"""Most lines that wait to be exported: the agent takes them each second."""
 
 
 class OncePerCause(logging.Filter):
@@ -32,11 +37,38 @@ class OncePerCause(logging.Filter):
         return True
 
 
-def set_up_logging(level: str) -> None:
-    """Send log lines of `level` and above to stderr."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    handler.addFilter(OncePerCause())
+class LineKeeper(logging.Handler):
+    """Keeps lines until they are taken to be exported; if nobody comes, the newest. Stderr has them all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lost = 0
+        """Lines that made room for newer ones."""
+        self._lines: deque[LogLine] = deque(maxlen=KEPT_LINES)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take over one line."""
+        exception = None
+        if record.exc_info and record.exc_info[0]:
+            trace = logging.Formatter().formatException(record.exc_info)
+            exception = record.exc_info[0].__qualname__, str(record.exc_info[1]), trace
+        function = f"{record.name}.{record.funcName}"
+        line = LogLine(int(record.created * 1e9), record.levelno, function, record.getMessage(), exception)
+        self.lost += len(self._lines) == KEPT_LINES
+        self._lines.append(line)
+
+    def take(self) -> list[LogLine]:
+        """Give the lines out, each once."""
+        return [self._lines.popleft() for _ in range(len(self._lines))]
+
+
+def set_up_logging(level: str) -> LineKeeper:
+    """Send log lines of `level` and above to stderr, and keep them for whoever exports them."""
+    stderr, kept = logging.StreamHandler(), LineKeeper()
+    stderr.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    for handler in (stderr, kept):
+        handler.addFilter(OncePerCause())
     # It tells each netlink message at debug level.
     logging.getLogger("pyroute2").setLevel(logging.WARNING)
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.basicConfig(level=level.upper(), handlers=[stderr, kept], force=True)
+    return kept

@@ -20,7 +20,7 @@ import tempfile
 import time
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -44,70 +44,15 @@ from tests.bench.measure import (
     run_time,
     run_times,
 )
-from tests.lab import Lab
+from tests.bench.records import record_costs
+from tests.bench.traffic import PORT, VIP, Path3, agents, traffic_path
 from tests.lab.agent import Agent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-VIP, PORT = "10.0.10.9", 80
-TRAFFIC_CPU, AGENT_CPU = "0", "1"
 OBSERVED_SECONDS = 4.0
 CONNECTIONS_A_TURN = 50
-
-
-class Path3(NamedTuple):
-    """The lab with its traffic programs."""
-
-    lab: Lab
-    program: Path
-
-    def call(self, milliseconds: int) -> tuple[int, float]:
-        """Make connections; answers how many and the rate per second."""
-        argv = ["taskset", "-c", TRAFFIC_CPU, str(self.program), "call", VIP, str(PORT), str(milliseconds)]
-        made, failed, took_ns = map(int, self.lab.client.run(argv).stdout.split())
-        if failed:
-            raise AssertionError(f"{failed} of {made + failed} connections failed")
-        return made, made / took_ns * 1e9
-
-    def compare(self, other: Path3, turns: int) -> list[tuple[int, int]]:
-        """Take turns with another lab; answers the nanoseconds of each turn, here and there."""
-        netns = [f"/run/netns/{path.lab.client.netns}" for path in (self, other)]
-        counts = [str(CONNECTIONS_A_TURN), str(turns)]
-        argv = ["taskset", "-c", TRAFFIC_CPU, str(self.program), "compare", *netns, VIP, str(PORT), *counts]
-        lines = subprocess.run(argv, check=True, capture_output=True, text=True).stdout.splitlines()
-        return [(int(here), int(there)) for here, there in map(str.split, lines)]
-
-
-@contextlib.contextmanager
-def traffic_path(folder: Path) -> Iterator[Path3]:
-    """Bring up the lab with a server on node2's pod; only node1 announces the VIP."""
-    program = folder / "connections"
-    source = Path(__file__).with_name("connections.c")
-    subprocess.run(["cc", "-O2", "-o", str(program), str(source)], check=True)
-    with Lab(nodes=2) as lab:
-        first, second = lab.nodes
-        for node in lab.nodes:
-            # A closed connection gives its port back at once: one backend is called some 10,000 times a second.
-            node.sysctl("net.netfilter.nf_conntrack_tcp_timeout_close", 1)
-        vip_port = lab.vip_port(VIP, PORT, service="bench", backends=[second.pods[0]], target_port=8080)
-        lab.apply([vip_port], announce={VIP: [first]})
-        argv = ["taskset", "-c", TRAFFIC_CPU, str(program), "serve", "8080"]
-        with second.pods[0].popen(argv, stdout=subprocess.PIPE) as server:
-            assert server.stdout is not None
-            server.stdout.readline()
-            try:
-                yield Path3(lab, program)
-            finally:
-                server.kill()
-
-
-@contextlib.contextmanager
-def agents(path: Path3, env: dict[str, str]) -> Iterator[list[Agent]]:
-    """Run an agent on each node, on its own core."""
-    with contextlib.ExitStack() as stack:
-        prefix = ["taskset", "-c", AGENT_CPU]
-        yield [stack.enter_context(Agent(node, path.lab.vips_path, env, prefix=prefix)) for node in path.lab.nodes]
 
 
 def connection_rate(folder: Path, turns: int) -> Iterator[Row]:
@@ -124,10 +69,18 @@ def connection_rate(folder: Path, turns: int) -> Iterator[Row]:
             halves = []
             for watched, bare in ((first, second), (second, first)):
                 with watch(watched):
-                    halves.append([bare_ns / watched_ns for watched_ns, bare_ns in watched.compare(bare, turns)])
+                    halves.append([bare_ns / watched_ns for watched_ns, bare_ns in compare(watched, bare, turns)])
             ratio = math.sqrt(math.prod(statistics.median(half) for half in halves))
             error = statistics.stdev(halves[0] + halves[1]) / math.sqrt(2 * turns)
             yield Row(what, ratio, f"+- {error:.3f}", f">= {aim}" if aim else "", not aim or ratio >= aim)
+
+
+def compare(here: Path3, there: Path3, turns: int) -> list[tuple[int, int]]:
+    """Take turns with two labs; answers the nanoseconds of each turn, here and there."""
+    netns = [f"/run/netns/{path.lab.client.netns}" for path in (here, there)]
+    argv = here.generator.command("compare", *netns, VIP, str(PORT), str(CONNECTIONS_A_TURN), str(turns))
+    lines = subprocess.run(argv, check=True, capture_output=True, text=True).stdout.splitlines()
+    return [(int(here_ns), int(there_ns)) for here_ns, there_ns in map(str.split, lines)]
 
 
 @contextlib.contextmanager
@@ -172,9 +125,9 @@ def _attach_everywhere(program: int) -> list[int]:
 
 def _path_time(path: Path3, read: Callable[[], dict[str, RunTime]]) -> dict[str, RunTime]:
     """Measure what programs use per connection and node; both nodes see the whole connection."""
-    path.call(300)
+    path.call(0.3)
     before = read()
-    made, _ = path.call(2000)
+    made = path.call(2).made
     after = read()
     return {
         name: RunTime((after[name].ns - before[name].ns) / made / 2, (after[name].runs - before[name].runs) / made / 2)
@@ -272,7 +225,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with traffic_path(folder) as path:
-            for measurement in (packet_costs(), one_agent(path), program_time(path)):
+            for measurement in (packet_costs(), one_agent(path), program_time(path), record_costs(path)):
                 rows += list(_told(console, measurement))
         rows += list(_told(console, connection_rate(folder, arguments.turns)))
     rows += list(_told(console, cluster_costs()))

@@ -1,4 +1,4 @@
-"""A real Collector on the lab's mgmt host, and what it has received, each signal in a file of JSON lines."""
+"""A real Collector on the lab's mgmt host, and what it has received, each signal in a file."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import json
 import shutil
 import socket
 import subprocess
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from tests.e2e.otlp import LogRecord, Series, Span, log_records, metric_series, spans
+from opentelemetry.proto.logs.v1.logs_pb2 import LogsData  # noqa: TID251 - what the Collector writes
+
+from tests.e2e.otlp import OWN_LOG, LogRecord, Series, Span, log_records, metric_series, spans
 from tests.lab.waiting import wait_for
 from tests.peers import build
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from tests.lab import Lab
@@ -21,18 +23,37 @@ if TYPE_CHECKING:
 GRPC, HTTP = "grpc", "http/protobuf"
 PORT_OF = {GRPC: 4317, HTTP: 4318}
 SIGNALS = ("metrics", "logs", "traces")
+FULL = {"memory_limiter": {"check_interval": "100ms", "limit_mib": 1}}
+"""A processor that refuses everything: the Collector itself is larger than that."""
+
+
+class Arrival(NamedTuple):
+    """What identifies a log record, and its time."""
+
+    trace_id: bytes
+    time_ns: int
 
 
 class Collector:
-    """Receives OTLP over gRPC and HTTP by both families on all addresses of mgmt. Use it as a context."""
+    """Receives OTLP over gRPC and HTTP by both families on all addresses of mgmt. Use it as a context.
 
-    def __init__(self, lab: Lab, name: str = "collector") -> None:
+    With `compact`, logs are written in protobuf, to be counted by `arrivals`: JSON takes many times the CPU and room.
+    """
+
+    def __init__(
+        self,
+        lab: Lab,
+        name: str = "collector",
+        *,
+        compact: bool = False,
+        processors: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
         self._host = lab.mgmt
         self.folder = lab.directory / name
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
         config = self.folder / "config.json"
-        config.write_text(json.dumps(_config(self.folder)), encoding="utf-8")
+        config.write_text(json.dumps(_config(self.folder, processors or {}, compact=compact)), encoding="utf-8")
         with (self.folder / "stderr").open("w") as stderr:
             self.process = self._host.popen(
                 [str(build.build("otelcol")), "--config", str(config)], stdout=subprocess.DEVNULL, stderr=stderr
@@ -66,8 +87,23 @@ class Collector:
                 self.process.wait()
 
     def logs(self) -> list[LogRecord]:
-        """Every log record so far."""
+        """Every log record of a connection so far."""
         return log_records(self._lines("logs"))
+
+    def own_logs(self) -> list[LogRecord]:
+        """Every record of the agents' own logs so far."""
+        return log_records(self._lines("logs"), own=True)
+
+    def arrivals(self) -> list[Arrival]:
+        """Every log record of a connection, of a compact Collector that has ended."""
+        return [
+            Arrival(record.trace_id, record.time_unix_nano)
+            for message in self._messages("logs")
+            for group in LogsData.FromString(message).resource_logs
+            for scoped in group.scope_logs
+            if scoped.scope.name != OWN_LOG
+            for record in scoped.log_records
+        ]
 
     def spans(self) -> list[Span]:
         """Every span so far."""
@@ -92,6 +128,15 @@ class Collector:
         # The last line may be half written.
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
+    def _messages(self, signal: str) -> Iterator[bytes]:
+        """Split what the file exporter wrote: each message stands behind its size."""
+        content = (self.folder / f"{signal}.json").read_bytes()
+        place = 0
+        while place < len(content):
+            start = place + 4
+            place = start + int.from_bytes(content[place:start], "big")
+            yield content[start:place]
+
     def _listens(self) -> bool:
         said = (self.folder / "stderr").read_text(encoding="utf-8")
         assert self.process.poll() is None, f"the Collector ended with {self.process.returncode}:\n{said}"
@@ -115,14 +160,23 @@ def endpoint(address: str, protocol: str = GRPC) -> dict[str, str]:
     }
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _config(folder: Path, processors: Mapping[str, Mapping[str, Any]], *, compact: bool) -> dict[str, Any]:
     exporters = {
-        f"file/{signal}": {"path": str(folder / f"{signal}.json"), "flush_interval": "50ms"} for signal in SIGNALS
+        f"file/{signal}": {
+            "path": str(folder / f"{signal}.json"),
+            "flush_interval": "50ms",
+            "format": "proto" if compact and signal == "logs" else "json",
+        }
+        for signal in SIGNALS
     }
     protocols = {"grpc": {"endpoint": "[::]:4317"}, "http": {"endpoint": "[::]:4318"}}
-    pipelines = {signal: {"receivers": ["otlp"], "exporters": [f"file/{signal}"]} for signal in SIGNALS}
+    pipelines = {
+        signal: {"receivers": ["otlp"], "processors": [*processors], "exporters": [f"file/{signal}"]}
+        for signal in SIGNALS
+    }
     return {
         "receivers": {"otlp": {"protocols": protocols}},
+        "processors": processors,
         "exporters": exporters,
         "service": {
             "pipelines": pipelines,

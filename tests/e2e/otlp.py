@@ -111,8 +111,12 @@ class Series:
         return self.last.value
 
 
-def log_records(lines: Iterable[Json]) -> list[LogRecord]:
-    """Read what the logs pipeline wrote."""
+OWN_LOG = "otel_lb_hop.agent"
+"""The scope of the agent's own log."""
+
+
+def log_records(lines: Iterable[Json], *, own: bool = False) -> list[LogRecord]:
+    """Read what the logs pipeline wrote of connections, or of the agents' own logs."""
     return [
         LogRecord(
             resource,
@@ -130,6 +134,7 @@ def log_records(lines: Iterable[Json]) -> list[LogRecord]:
             _attributes(record),
         )
         for resource, scope, schema_url, record in _items(lines, "resourceLogs", "scopeLogs", "logRecords")
+        if (scope["name"] == OWN_LOG) is own
     ]
 
 

@@ -50,13 +50,23 @@ UNITS = {
     "lb_hop.endpoints": ("gauge", "{endpoint}"),
     "lb_hop.vip.ports": ("gauge", "{vip_port}"),
     "lb_hop.events.dropped": ("sum", "{event}"),
+    "lb_hop.records.seen": ("sum", "{record}"),
     "lb_hop.records.exported": ("sum", "{record}"),
     "lb_hop.records.dropped": ("sum", "{record}"),
+    "lb_hop.records.in_flight": ("gauge", "{record}"),
+    "lb_hop.data_points.seen": ("sum", "{data_point}"),
+    "lb_hop.data_points.exported": ("sum", "{data_point}"),
+    "lb_hop.data_points.dropped": ("sum", "{data_point}"),
+    "lb_hop.data_points.in_flight": ("gauge", "{data_point}"),
     "lb_hop.topology.age": ("gauge", "s"),
     "lb_hop.map.usage": ("gauge", "{entry}"),
     "lb_hop.map.limit": ("gauge", "{entry}"),
     "lb_hop.part.healthy": ("gauge", "1"),
+    "process.cpu.time": ("sum", "s"),
+    "process.memory.usage": ("sum", "By"),
 }
+FALLS = "process.memory.usage"
+"""The only sum that may fall."""
 SLACK_NS = 50_000_000
 """How far the agent's wall clock may be from this process's, which reads it at another moment."""
 
@@ -240,11 +250,11 @@ def test_metrics_are_cumulative_and_monotonic(run: Run) -> None:
         assert not any(name.startswith(("client.", "source.")) for name in each.attributes)
         assert each.attributes["k8s.node.name"] in {node.name for node in run.lab.nodes}
         assert each.kind == "gauge" or each.temporality == CUMULATIVE
-        assert each.kind != "sum" or each.monotonic
+        assert each.kind != "sum" or each.monotonic is (each.metric != FALLS)
         assert len({point.start_ns for point in each.points}) == 1
         times = [point.start_ns for point in each.points[:1]] + [point.time_ns for point in each.points]
         assert times == sorted(set(times))
-        if each.kind != "gauge":
+        if each.kind != "gauge" and each.metric != FALLS:
             values = [point.histogram.observations if point.histogram else point.value for point in each.points]
             assert values == sorted(values)
 
@@ -257,11 +267,23 @@ def test_metrics_about_the_agent_itself(run: Run) -> None:
         assert values["lb_hop.vip.ports",] == len(VIPS)
         assert {name: value for name, value in values.items() if name[0] == "lb_hop.part.healthy"} == {
             ("lb_hop.part.healthy", part): 1
-            for part in ("vips_file", "topology", "conntrack", "interfaces", "metrics", "logs", "traces")
+            for part in (
+                *("vips_file", "topology", "conntrack", "interfaces", "metrics", "logs", "traces", "agent_logs"),
+                "ledger",
+            )
         }
         assert not any(value for name, value in values.items() if name[0].endswith(".dropped"))
+        stages = {
+            (s.attributes["lb_hop.stage"], s.attributes.get("lb_hop.signal")): s.value
+            for s in own
+            if s.metric == "lb_hop.records.seen"
+        }
         sent = sum(record.resource["k8s.node.name"] == node.name for record in run.logs)
-        assert values["lb_hop.records.exported", "logs"] == values["lb_hop.records.exported", "traces"] == sent
+        exported = {s.attributes["lb_hop.signal"]: s.value for s in own if s.metric == "lb_hop.records.exported"}
+        assert exported["logs"] == exported["traces"] == sent
+        ways = [(stage, signal) for stage in ("encode", "queue", "transport") for signal in ("logs", "traces")]
+        for stage in (*[(name, None) for name in ("kernel", "ring", "decode")], *ways):
+            assert stages[stage] == sent
         for vip, service in run.services.items():
             local = sum(backend.node == node.name for backend in service.backends)
             placed = {

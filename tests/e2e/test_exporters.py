@@ -45,7 +45,7 @@ def received(collector: Collector, count: int) -> bool:
 
 def all_exported(agent: Agent, name: str) -> bool:
     """Whether the agent says that 23 records of a signal are out."""
-    return agent.ledger(name).get("exported") == SENT
+    return agent.shipped(name).get("exported") == SENT
 
 
 def test_console(lab: Lab) -> None:
@@ -72,7 +72,7 @@ def test_disabled(lab: Lab) -> None:
             lab.connect(VIP, 80, SENT)
             state = agent.readyz()
             assert (state.status, state.content["degraded"]) == (200, [])
-            assert state.content["parts"].keys() == {"conntrack", "interfaces", "topology", "vips_file"}
+            assert state.content["parts"].keys() == {"conntrack", "interfaces", "ledger", "topology", "vips_file"}
     assert (collector.logs(), collector.spans(), collector.series()) == ([], [], [])
 
 
@@ -98,7 +98,7 @@ def test_ratio(lab: Lab) -> None:
 
 
 @pytest.mark.collector
-@pytest.mark.parametrize(("setting", "reason"), [("RECORD_RATIO", "ratio"), ("RECORD_RATE", "rate")])
+@pytest.mark.parametrize(("setting", "reason"), [("RECORD_RATIO", "ratio"), ("RECORD_RATE", "off")])
 def test_no_records(lab: Lab, setting: str, reason: str) -> None:
     """With ratio or rate 0 there are metrics only; each record not made is counted; `none` turns a signal off."""
     with Collector(lab) as collector:

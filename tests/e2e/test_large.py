@@ -31,7 +31,7 @@ def test_thousands_of_vip_ports_arrive(lab: Lab, tmp_path: Path) -> None:
     with Collector(lab) as collector:
         settings = collector.settings() | {"OTEL_METRIC_EXPORT_INTERVAL": "5000"}
         with Agent(lab.nodes[0], path, settings) as agent:
-            wait_for("an export that was taken", lambda: agent.ledger("metrics").get("exported"), SECONDS)
+            wait_for("an export that was taken", lambda: agent.shipped("metrics").get("exported"), SECONDS)
         endpoints = collector.series("lb_hop.endpoints")
     assert len({(s.attributes["server.address"], s.attributes["server.port"]) for s in endpoints}) == VIPS * PORTS
     assert len(endpoints) == 3 * VIPS * PORTS

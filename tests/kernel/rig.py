@@ -21,7 +21,7 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
-from otel_lb_hop.core.layout import Event, Settings
+from otel_lb_hop.core.layout import KIND, Event, Settings
 from otel_lb_hop.core.topology import Topology
 from otel_lb_hop.kernel import bpf
 from otel_lb_hop.kernel.bpf import Map, run_program
@@ -33,7 +33,7 @@ from otel_lb_hop.model import Backend, Cluster, Node, Policy, Transport, VipPort
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from otel_lb_hop.core.layout import HopStats, Record, VipStats
+    from otel_lb_hop.core.layout import HopStats, VipStats
     from otel_lb_hop.kernel.loader import Loaded
     from otel_lb_hop.kernel.tables import Snapshot
     from tests.kernel.packets import End
@@ -119,6 +119,29 @@ class Marked(NamedTuple):
 
     vip_id: int
     hops: dict[tuple[str, str | None], int]
+
+
+class Told(NamedTuple):
+    """A record and its kind, all in one."""
+
+    syn_ns: int
+    forward_ns: int
+    end_ns: int
+    trace_id: bytes
+    client: bytes
+    snat: bytes
+    client_port: int
+    snat_port: int
+    backend: bytes
+    backend_port: bytes
+    verdict: int
+    origin: int
+    vip_id: int
+    hop_id: int
+    in_ifindex: int
+    out_ifindex: int
+    retransmits: int
+    translated: int
 
 
 class Rig:
@@ -254,9 +277,9 @@ class Rig:
         """Read one event counter."""
         return self.tables.events()[event]
 
-    def records(self, limit: int = 1 << 20) -> list[Record]:
+    def records(self, limit: int = 1 << 20) -> list[Told]:
         """Take the records that wait in the ring."""
-        return list(self.ring.drain(limit))
+        return [Told(*raw[:-1], *KIND.unpack(raw[-1])) for raw in self.ring.drain(limit)]
 
 
 def _maps_of(program_fd: int) -> dict[str, int]:

@@ -10,7 +10,7 @@ import pytest
 
 from otel_lb_hop.core.ids import rejection_threshold, trace_id
 from otel_lb_hop.core.interfaces import Prefix
-from otel_lb_hop.core.layout import Event, Place, Verdict
+from otel_lb_hop.core.layout import Event, Place, Verdict, pack_port
 from otel_lb_hop.model import Policy, Transport
 from tests.kernel import ctnetlink
 from tests.kernel.ctnetlink import SCTP, TCP, UDP, ZONE, Tuple, Unread, attribute, message
@@ -67,13 +67,13 @@ def test_translated(rig: Rig, flow: tuple[Tuple, Tuple], transport: Transport) -
     (record,) = rig.records()
     assert (record.verdict, record.origin, record.vip_id) == (Verdict.TRANSLATED, 1, vip_id)
     assert record.hop_id == marked.hops["required", "node2"]
-    assert (record.client, record.client_port) == (flow[0].source.address, b"\x0f\xa0")
+    assert (record.client, record.client_port) == (flow[0].source.address, 4000)
     assert (record.backend, record.backend_port) == (flow[1].source.address, b"\x14\xe9")
-    assert (record.snat, record.snat_port) == (flow[1].destination.address, b"\xee\x48")
+    assert (record.snat, record.snat_port) == (flow[1].destination.address, 61000)
     assert (record.forward_ns, record.in_ifindex, record.out_ifindex, record.retransmits) == (0, 0, 0, 0)
     assert record.syn_ns == record.end_ns > 0
-    ends = record.snat, record.snat_port, record.backend, record.backend_port
-    assert record.trace_high << 64 | record.trace_low == trace_id(*ends, record.syn_ns & 0xFFFFFFFF)
+    ends = record.snat, pack_port(record.snat_port), record.backend, record.backend_port
+    assert record.trace_id == trace_id(*ends, record.syn_ns & 0xFFFFFFFF).to_bytes(16)
     assert rig.event(Event.CONNTRACK_UNREAD) == 0
 
 
@@ -352,7 +352,7 @@ def test_sampled(rig: Rig) -> None:
     sent = rig.event(Event.RECORD_SENT)
     assert 120 < sent < 280
     assert sent + rig.event(Event.RECORD_RATIO) == 400
-    assert len({(record.trace_high, record.trace_low) for record in rig.records()}) == sent
+    assert len({record.trace_id for record in rig.records()}) == sent
     rig.hear(message(FLOW4[0], Tuple(VIP4, CLIENT4)), repeat=23)
     assert len(rig.records()) == 23
 
@@ -363,7 +363,7 @@ def test_rate_of_zero(rig: Rig) -> None:
     rig.tables.set_settings(EVERYTHING._replace(record_interval_ns=0))
     rig.hear(message(*FLOW4), repeat=23)
     assert totals(rig) == (23, 23, 0)
-    assert (rig.records(), rig.event(Event.RECORD_RATE)) == ([], 23)
+    assert (rig.records(), rig.event(Event.RECORD_OFF)) == ([], 23)
 
 
 def test_no_counters(rig: Rig) -> None:

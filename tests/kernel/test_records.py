@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from otel_lb_hop.core.ids import rejection_threshold, trace_id
-from otel_lb_hop.core.layout import RECORD, RING_HEADER, Event, Verdict, pack_port
+from otel_lb_hop.core.layout import RING_STRIDE, Event, Verdict, pack_port
 from tests.kernel.packets import End, Flow, next_isn
 from tests.kernel.requirements import needs_kernel
 from tests.kernel.rig import EVERYTHING, FIRST_RETRANSMIT_NS, vip_port
@@ -21,8 +21,14 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.root, needs_kernel]
 
 VIP, BACKEND = End.of("8.0.10.1", 80), End.of("8.0.4.7", 8080)
-REASONS = (Event.RECORD_RATIO, Event.RECORD_RATE, Event.RECORD_RING_FULL, Event.RECORD_NO_VERDICT)
-ROOM = 4095 // (RECORD.size + RING_HEADER)
+REASONS = (
+    Event.RECORD_RATIO,
+    Event.RECORD_RATE,
+    Event.RECORD_RING_FULL,
+    Event.RECORD_NO_VERDICT,
+    Event.RECORD_OFF,
+)
+ROOM = 4095 // RING_STRIDE
 """Records in a ring of one page, which is never filled to its last byte."""
 
 
@@ -54,7 +60,7 @@ def ledger(rig: Rig) -> tuple[int, int]:
 
 def ports(rig: Rig) -> list[int]:
     """Take the records and name their clients' ports."""
-    return [int.from_bytes(record.client_port, "big") for record in rig.records()]
+    return [record.client_port for record in rig.records()]
 
 
 def randomness(each: Flow) -> int:
@@ -100,7 +106,7 @@ def test_failures_are_kept(rig: Rig) -> None:
     rig.out(refused_here.refusal())
     rig.age(FIRST_RETRANSMIT_NS)
     rig.sweep()
-    told = {int.from_bytes(record.client_port, "big"): record.verdict for record in rig.records()}
+    told = {record.client_port: record.verdict for record in rig.records()}
     assert told == {0: Verdict.REFUSED, 1: Verdict.TIMEOUT, 2: Verdict.DROPPED, 3: Verdict.DROPPED}
     assert rig.event(Event.RECORD_RATIO) == 1
 
@@ -113,7 +119,7 @@ def test_rate_of_zero(rig: Rig) -> None:
     rig.into(each.syn())
     rig.out(each.refusal())
     assert rig.records() == []
-    assert (ledger(rig), rig.event(Event.RECORD_RATE)) == ((0, 24), 24)
+    assert (ledger(rig), rig.event(Event.RECORD_OFF)) == ((0, 24), 24)
 
 
 def test_burst(rig: Rig) -> None:
@@ -123,6 +129,21 @@ def test_burst(rig: Rig) -> None:
     flows = connect(rig, 41)
     assert ports(rig) == [each.client.port for each in flows[:6]]
     assert (ledger(rig), rig.event(Event.RECORD_RATE)) == ((6, 35), 35)
+
+
+def test_failures_go_before(rig: Rig) -> None:
+    """Where good connections have used up the rate, failures are still told: as many again as a burst."""
+    second = 10**9
+    prepare(rig, EVERYTHING._replace(record_interval_ns=100 * second, record_burst_ns=500 * second))
+    good = connect(rig, 23)
+    bad = [flow(100 + number) for number in range(23)]
+    for each in bad:
+        rig.into(each.syn())
+        rig.out(each.translated())
+        rig.out(each.refusal())
+    more = connect(rig, 1, first=200)
+    assert ports(rig) == [each.client.port for each in good[:6] + bad[:5]]
+    assert (ledger(rig), rig.event(Event.RECORD_RATE)) == ((11, 35 + len(more)), 36)
 
 
 def test_rate(rig: Rig) -> None:
@@ -156,7 +177,7 @@ def test_sent_and_not_sent_are_all(narrow: Rig) -> None:
     """Ratio, rate and a full ring together: what was sent and what was not are all verdicts."""
     prepare(narrow, EVERYTHING._replace(reject_below=rejection_threshold(0.6)))
     connect(narrow, 97)
-    narrow.tables.set_settings(EVERYTHING._replace(record_interval_ns=0))
+    narrow.tables.set_settings(EVERYTHING._replace(record_interval_ns=10**15, record_burst_ns=0))
     connect(narrow, 11)
     sent, dropped = ledger(narrow)
     assert sent + dropped == 108
@@ -175,7 +196,7 @@ def test_ring_wraps(narrow: Rig) -> None:
         limit = (11, 23)[turn % 2]
         taken = narrow.records(limit)
         assert len(taken) == min(limit, len(expected) - len(told))
-        told += [int.from_bytes(record.client_port, "big") for record in taken]
+        told += [record.client_port for record in taken]
     told += ports(narrow)
     assert told == expected
     assert (narrow.ring.pending_records, narrow.ring.wrong_size) == (0, 0)

@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import signal as signals
 import subprocess
 import sys
@@ -24,6 +25,28 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 STOP_SECONDS = 5.0
 RUN = (sys.executable, "-m", "otel_lb_hop", "run")
+
+
+_ACCOUNT = re.compile(r"INFO otel_lb_hop\.agent: (\w[\w ]*?): ([\d,]+ seen, .* in flight)$", re.MULTILINE)
+
+
+class Account(NamedTuple):
+    """One stage of the ledger."""
+
+    seen: int
+    exported: int
+    dropped: dict[str, int]
+    in_flight: int
+
+    @classmethod
+    def read(cls, words: str) -> Account:
+        """Read it from the agent's log: `23 seen, 20 exported, 3 dropped (rate 3), 0 in flight`."""
+        plain = words.replace(",", "")
+        seen, exported, in_flight = (int(number) for number in re.findall(r"(\d+) (?:seen|exported|in flight)", plain))
+        reasons = re.findall(r"(\w+) (\d+)", plain[plain.find("(") : plain.find(")")] if "(" in plain else "")
+        dropped = {reason: int(count) for reason, count in reasons}
+        assert f"{sum(dropped.values())} dropped" in plain
+        return cls(seen, exported, dropped, in_flight)
 
 
 class Readiness(NamedTuple):
@@ -114,13 +137,19 @@ class Agent:
         part: dict[str, Any] = self.readyz().content.get("parts", {}).get(name, {})
         return part
 
-    def ledger(self, signal: str) -> dict[str, Any]:
-        """Return a signal's ledger from /readyz, which adds up; empty before the first and while there is trouble."""
-        detail = self.part(signal).get("detail")
-        if not isinstance(detail, dict):
+    def shipped(self, signal: str) -> dict[str, Any]:
+        """Tell how it goes with a signal's first exporter, by /readyz; its books balance. Empty while there is none."""
+        states = self.part(signal).get("detail")
+        if not isinstance(states, list):
             return {}
-        assert detail["offered"] == detail["exported"] + sum(detail["dropped"].values()) + detail["in_flight"]
-        return detail
+        state: dict[str, Any] = states[0]
+        lost = sum(state["dropped"].values())
+        assert state["offered"] == state["exported"] + lost + state["queued"] + state["sending"]
+        return state
+
+    def accounts(self) -> dict[str, Account]:
+        """Give the ledger that it has logged at its end, by stage: `kernel`, `queue of logs to otlp`..."""
+        return {name: Account.read(words) for name, words in _ACCOUNT.findall(self.stderr)}
 
     def terminate(self) -> float:
         """Send SIGTERM unless that was done before; answers when it was done."""
@@ -142,8 +171,12 @@ class Agent:
         # The kernel frees a program a moment after its last user has gone.
         wait_for("the end of its BPF programs", lambda: not programs.still_loaded(self.programs), 5)
         assert "Traceback" not in self.stderr, self.stderr
-        # For each VIP port: connections = forwarded + not forwarded, once every verdict is given.
-        assert "do not add up" not in self.stderr, self.stderr
+        # For each VIP port: connections = forwarded + not forwarded, once every verdict is given; and for each stage
+        # that records pass: seen = exported + dropped + in flight, and what one exported the next has seen.
+        assert "not add up" not in self.stderr, self.stderr
+        for name, account in self.accounts().items():
+            assert account.seen == account.exported + sum(account.dropped.values()) + account.in_flight, name
+        assert not self.programs or "kernel" in self.accounts(), self.stderr
         return seconds
 
     def kill(self) -> None:

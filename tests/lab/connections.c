@@ -3,7 +3,9 @@
  * Connections one after another, as fast as one core makes them.
  *
  *   connections serve PORT                      accept, wait for the end, close; until killed
- *   connections call ADDRESS PORT MILLISECONDS  connect, reset, again; prints "made failed nanoseconds"
+ *   connections call ADDRESS PORT MILLISECONDS [RATE]
+ *                                               connect, reset, again, RATE times a second or as fast as it goes;
+ *                                               prints "made failed nanoseconds"
  *   connections compare NETNS NETNS ADDRESS PORT COUNT TURNS
  *                                               COUNT connections in the one namespace, as many in the other, and so on
  *                                               in changing order; prints "nanoseconds nanoseconds" for each turn
@@ -76,7 +78,17 @@ static int read_address(const char *host, int port, struct sockaddr_in *address)
 	return -1;
 }
 
-static int call(const char *host, int port, long milliseconds)
+/* Waits until so many connections are due at this rate; wakes up late by less than their number shows. */
+static void pace(long long start, long made, long rate)
+{
+	long long due = start + made * 1000000000ll / rate;
+	struct timespec time = {.tv_sec = due / 1000000000, .tv_nsec = due % 1000000000};
+
+	if (now_ns() < due)
+		clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &time, NULL);
+}
+
+static int call(const char *host, int port, long milliseconds, long rate)
 {
 	struct sockaddr_in address;
 	long made = 0, failed = 0;
@@ -85,6 +97,8 @@ static int call(const char *host, int port, long milliseconds)
 	if (read_address(host, port, &address))
 		return 1;
 	while (now_ns() < end) {
+		if (rate)
+			pace(start, made + failed, rate);
 		if (connect_once(&address))
 			failed++;
 		else
@@ -139,10 +153,10 @@ int main(int count, char **words)
 {
 	if (count == 3 && !strcmp(words[1], "serve"))
 		return serve(atoi(words[2]));
-	if (count == 5 && !strcmp(words[1], "call"))
-		return call(words[2], atoi(words[3]), atol(words[4]));
+	if ((count == 5 || count == 6) && !strcmp(words[1], "call"))
+		return call(words[2], atoi(words[3]), atol(words[4]), count == 6 ? atol(words[5]) : 0);
 	if (count == 8 && !strcmp(words[1], "compare"))
 		return compare(words + 2, words[4], atoi(words[5]), atoi(words[6]), atoi(words[7]));
-	fprintf(stderr, "usage: %s serve PORT | call ADDRESS PORT MILLISECONDS | compare ...\n", words[0]);
+	fprintf(stderr, "usage: %s serve PORT | call ADDRESS PORT MILLISECONDS [RATE] | compare ...\n", words[0]);
 	return 2;
 }

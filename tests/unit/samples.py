@@ -6,7 +6,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from otel_lb_hop.core.layout import BUCKETS, Histogram, HopStats, Record, Unforwarded, Verdict, VipStats
+from otel_lb_hop.core.layout import BUCKETS, KIND, Histogram, HopStats, Kind, Record, Unforwarded, Verdict, VipStats
 from otel_lb_hop.model import Backend, Cluster, Node, Policy, Transport, VipPort, pack_address
 
 NODE = "node1"
@@ -38,18 +38,20 @@ REMOTE = backend("10.100.2.2", "node2", "zone-b", pod_namespace="default", pod="
 
 
 def record(verdict: Verdict = Verdict.ANSWERED, **changes: Any) -> Record:  # noqa: ANN401
-    """Make a record of an external connection to VIP 1 that went to a pod by hop row 3 in 2 ms."""
+    """Make a record of an external connection to VIP 1 that went to a pod by hop row 3 in 2 ms.
+
+    Changes are fields of `Record` or of `Kind`.
+    """
     values: dict[str, Any] = {
-        "trace_high": 0x0123456789ABCDEF,
-        "trace_low": 0xFEDCBA9876543210,
         "syn_ns": 5 * SECOND,
         "forward_ns": 5 * SECOND + 30_000,
         "end_ns": 5 * SECOND + 2_000_000,
+        "trace_id": bytes.fromhex("0123456789abcdeffedcba9876543210"),
         "client": CLIENT,
         "snat": SNAT,
+        "client_port": 40000,
+        "snat_port": 24048,
         "backend": POD,
-        "client_port": (40000).to_bytes(2, "big"),
-        "snat_port": (24048).to_bytes(2, "big"),
         "backend_port": (8080).to_bytes(2, "big"),
         "verdict": int(verdict),
         "origin": 1,
@@ -58,11 +60,14 @@ def record(verdict: Verdict = Verdict.ANSWERED, **changes: Any) -> Record:  # no
         "in_ifindex": 2,
         "out_ifindex": 3,
         "retransmits": 0,
+        "translated": 1,
     }
     if verdict >= Verdict.DROPPED:
-        values |= {"forward_ns": 0, "snat": bytes(16), "backend": bytes(16), "hop_id": 1, "out_ifindex": 0}
-        values |= {"snat_port": bytes(2), "backend_port": bytes(2)}
-    return Record(**values | changes)
+        values |= {"forward_ns": 0, "snat": bytes(16), "snat_port": 0, "backend": bytes(16), "backend_port": bytes(2)}
+        values |= {"hop_id": 1, "out_ifindex": 0, "translated": 0}
+    values |= changes
+    kind = Kind(**{name: values.pop(name) for name in Kind._fields})
+    return Record(**values, kind=KIND.pack(*kind))
 
 
 def histogram(sum_ns: int, **buckets: int) -> Histogram:

@@ -13,12 +13,13 @@ from otel_lb_hop import __version__, agent, cli
 from otel_lb_hop.errors import ConfigError, KernelError, Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from concurrent.futures import Future
     from pathlib import Path
 
     from otel_lb_hop.config import Config
     from otel_lb_hop.kernel.loader import Loaded, Sizes
+    from otel_lb_hop.ops.logs import LineKeeper
     from otel_lb_hop.ops.stop import Stop
 
 GOOD_FILE = "services:\n- {name: a/b, vips: [10.0.0.1], ports: [{port: 80}]}\n"
@@ -31,8 +32,12 @@ class FakeAgent:
     signal = signal.SIGTERM
     last: FakeAgent | None = None
 
-    def __init__(self, config: Config, loading: Future[Loaded], stop: Stop) -> None:
+    def __init__(
+        self, config: Config, environ: Mapping[str, str], loading: Future[Loaded], stop: Stop, lines: LineKeeper
+    ) -> None:
         self.config = config
+        self.environ = environ
+        self.lines = lines
         self.loading = loading
         self.stop = stop
         self.stopped = False
@@ -111,7 +116,7 @@ def test_run_ends_by_signal(number: signal.Signals, monkeypatch: pytest.MonkeyPa
     assert cli.main(["run"]) == 0
     assert FakeAgent.last is not None
     assert (FakeAgent.last.stopped, FakeAgent.last.config.node_name) == (True, "node7")
-    assert [sizes.ring_pages for sizes in begun] == [64]
+    assert [sizes.ring_pages for sizes in begun] == [128]
 
 
 def test_bad_settings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,7 +49,8 @@ def test_defaults() -> None:
     assert not config.interfaces.matches("lo")
     assert config.uplinks is None
     assert config.vips_file == Path("/etc/vips.yaml")
-    assert (config.record_ratio, config.record_rate) == (1.0, 1000)
+    assert (config.record_ratio, config.record_rate, config.span_ratio) == (1.0, 1000, 1.0)
+    assert config.queue_bytes == 33_554_432
     assert config.listen == ("127.0.0.1", 9465)
     assert config.log_level == "info"
     assert (config.metrics, config.logs, config.traces) == (signal, signal, signal)
@@ -147,6 +148,7 @@ def test_listen(text: str, listen: tuple[str, int] | None) -> None:
     [
         ("RECORD_RATIO", ["0", "1", "0.25", ".5", "1.", "1e-3"], [0.0, 1.0, 0.25, 0.5, 1.0, 0.001]),
         ("RECORD_RATE", ["0", "10000000", "007"], [0, 10_000_000, 7]),
+        ("QUEUE_BYTES", ["1048576", "8589934592"], [1_048_576, 8_589_934_592]),
         ("LOG_LEVEL", ["debug", "INFO", "Warning", "error"], ["debug", "info", "warning", "error"]),
         ("NODE_NAME", ["node-7.lan", " n "], ["node-7.lan", "n"]),
         ("VIPS_FILE", ["vips.yaml", "/a b/c"], [Path("vips.yaml"), Path("/a b/c")]),
@@ -163,6 +165,24 @@ def test_own_settings(name: str, texts: list[str], values: list[object]) -> None
 
 
 @pytest.mark.parametrize(
+    ("sampler", "argument", "ratio"),
+    [
+        ("always_on", "0.5", 1.0),
+        ("always_off", "0.5", 0.0),
+        ("traceidratio", "0.5", 0.5),
+        ("traceidratio", "", 1.0),
+        ("parentbased_always_on", "0.5", 1.0),
+        ("parentbased_always_off", "0.5", 0.0),
+        ("parentbased_traceidratio", "0.25", 0.25),
+        ("", "0.25", 1.0),
+    ],
+)
+def test_sampler(sampler: str, argument: str, ratio: float) -> None:
+    """The standard sampler's names and argument say the share of spans."""
+    assert read(OTEL_TRACES_SAMPLER=sampler, OTEL_TRACES_SAMPLER_ARG=argument).span_ratio == ratio
+
+
+@pytest.mark.parametrize(
     ("name", "texts"),
     [
         ("OTEL_LB_HOP_NODE_NAME", ["two words", "n" * 254, "nöde"]),
@@ -171,6 +191,7 @@ def test_own_settings(name: str, texts: list[str], values: list[object]) -> None
             ["nan", "inf", "-inf", "1.01", "-0.1", "1e999", "half", "0,5", "1_0", ".", "\u0660"],
         ),
         ("OTEL_LB_HOP_RECORD_RATE", ["-1", "10000001", "1.5", "1e3", "many", "1_000", "\u0663", "9" * 5000]),
+        ("OTEL_LB_HOP_QUEUE_BYTES", ["1048575", "8589934593", "32MiB"]),
         (
             "OTEL_LB_HOP_LISTEN",
             [
@@ -205,6 +226,8 @@ def test_own_settings(name: str, texts: list[str], values: list[object]) -> None
         ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", ["http/json"]),
         ("OTEL_METRIC_EXPORT_INTERVAL", ["99", "0", "60s", "1000.5", "2147483648"]),
         ("OTEL_METRIC_EXPORT_TIMEOUT", ["0", "-1", "x"]),
+        ("OTEL_TRACES_SAMPLER", ["on", "parentbased", "jaeger_remote", "TraceIdRatio"]),
+        ("OTEL_TRACES_SAMPLER_ARG", ["1.1", "endpoint=x"]),
     ],
 )
 def test_refused(name: str, texts: list[str]) -> None:

@@ -34,7 +34,7 @@ int main(void)
     printf("{");
     SIZE(lbh_vip_key) SIZE(lbh_vip) SIZE(lbh_backend_key) SIZE(lbh_vip_stats) SIZE(lbh_hop_stats)
     SIZE(lbh_handshake) SIZE(lbh_tags) SIZE(lbh_record) SIZE(lbh_settings) SIZE(lbh_uplinks) SIZE(lbh_histogram)
-    SIZE(lbh_prefix)
+    SIZE(lbh_prefix) SIZE(lbh_kind)
     @FIELDS@
     @NUMBERS@
     printf("\"bounds\": [%s]}", (LBH_BOUNDS(BOUND)) + 1);
@@ -49,6 +49,7 @@ FIELDS = {
     "lbh_prefix": (layout.PREFIX, ("bits", "address")),
     "lbh_uplinks": (layout.UPLINKS, ("ifindexes",)),
     "lbh_settings": (layout.SETTINGS, layout.Settings._fields),
+    "lbh_kind": (layout.KIND, layout.Kind._fields),
     "lbh_record": (layout.RECORD, layout.Record._fields),
 }
 NUMBERS = {
@@ -178,51 +179,79 @@ def _put(data: bytearray, position: int, header: int, payload: bytes) -> int:
     return position + (len(content) + 7 & ~7)
 
 
+def _payload(number: int) -> bytes:
+    """Make a record that can be told by its first field."""
+    return struct.pack("=Q", number) + bytes(layout.RECORD.size - 8)
+
+
+def _numbers(taken: layout.RingSlice) -> list[int]:
+    return [record[0] for record in taken.records]
+
+
+SIZE = layout.RECORD.size
+
+
 def test_ring_walk_stops_at_a_busy_record() -> None:
     """A record that is still being written, and all behind it, wait for the next pass."""
     data = _ring(4096)
-    size = layout.RECORD.size
-    end = _put(data, 0, size, b"a" * size)
-    busy = _put(data, end, size | layout.RING_BUSY, b"b" * size)
-    taken = layout.walk_ring(memoryview(data), 0, busy, 10)
-    assert (taken.payloads, taken.position, taken.wrong_size) == ([b"a" * size], end, 0)
+    end = _put(data, 0, SIZE, _payload(1))
+    busy = _put(data, end, SIZE | layout.RING_BUSY, _payload(2))
+    produced = _put(data, busy, SIZE, _payload(3))
+    taken = layout.walk_ring(memoryview(data), 0, produced, 10)
+    assert (_numbers(taken), taken.position, taken.wrong_size) == ([1], end, 0)
 
 
 def test_ring_walk_skips_discarded_and_counts_wrong_sizes() -> None:
     """A discarded record is nobody's loss; one of a wrong size is counted."""
     data = _ring(4096)
-    size = layout.RECORD.size
-    position = _put(data, 0, size | layout.RING_DISCARD, b"x" * size)
+    position = _put(data, 0, SIZE, _payload(1))
+    position = _put(data, position, SIZE | layout.RING_DISCARD, _payload(2))
     position = _put(data, position, 24, b"y" * 24)
-    position = _put(data, position, size, b"z" * size)
+    position = _put(data, position, 24 | layout.RING_DISCARD, b"y" * 24)
+    position = _put(data, position, SIZE, _payload(3))
     taken = layout.walk_ring(memoryview(data), 0, position, 10)
-    assert (taken.payloads, taken.position, taken.wrong_size) == ([b"z" * size], position, 1)
+    assert (_numbers(taken), taken.position, taken.wrong_size) == ([1, 3], position, 1)
 
 
-def test_ring_walk_over_the_end() -> None:
+@pytest.mark.parametrize("before", [64, 0, 8, 2 * layout.RING_STRIDE - 8])
+def test_ring_walk_over_the_end(before: int) -> None:
     """A record that begins before the end of the ring and ends after it is read in one piece."""
     data = _ring(4096)
-    size = layout.RECORD.size
-    start = 4096 * 3 - 64
-    end = _put(data, start, size, bytes(range(size)))
-    taken = layout.walk_ring(memoryview(data), start, end, 10)
-    assert (taken.payloads, taken.position) == ([bytes(range(size))], end)
+    start = position = 4096 * 3 - before
+    for number in range(5):
+        position = _put(data, position, SIZE, _payload(number))
+    taken = layout.walk_ring(memoryview(data), start, position, 10)
+    assert (_numbers(taken), taken.position) == ([0, 1, 2, 3, 4], position)
+
+
+def test_ring_walk_takes_a_full_ring() -> None:
+    """A ring filled to its end, from anywhere in it, is taken whole."""
+    for start in (0, 24, 4096 - 8):
+        data = _ring(4096)
+        position = start
+        for number in range(4096 // layout.RING_STRIDE):
+            position = _put(data, position, SIZE, _payload(number))
+        taken = layout.walk_ring(memoryview(data), start, position, 100)
+        assert (_numbers(taken), taken.position) == (list(range(32)), position)
 
 
 def test_ring_walk_obeys_the_limit() -> None:
     """No more than the limit is taken, and the rest is still there."""
     data = _ring(4096)
-    size = layout.RECORD.size
     position = 0
     for number in range(5):
-        position = _put(data, position, size, bytes([number]) * size)
+        position = _put(data, position, SIZE, _payload(number))
     first = layout.walk_ring(memoryview(data), 0, position, 2)
     rest = layout.walk_ring(memoryview(data), first.position, position, 10)
-    assert [payload[0] for payload in first.payloads + rest.payloads] == [0, 1, 2, 3, 4]
+    assert (_numbers(first), _numbers(rest)) == ([0, 1], [2, 3, 4])
 
 
-def test_records_decode_in_order() -> None:
-    """Payloads become records with every field in its place."""
-    fields = (1, 2, 3, 4, 5, b"c" * 16, b"s" * 16, b"b" * 16, b"\0\1", b"\0\2", b"\0\3", 1, 1, 6, 7, 8, 9, 10)
-    payload = layout.RECORD.pack(*fields)
-    assert list(layout.decode_records([payload, payload])) == [layout.Record(*fields)] * 2
+def test_records_decode_with_every_field_in_its_place() -> None:
+    """A payload becomes a record, and its kind what connections have in common."""
+    kind = layout.Kind(b"b" * 16, b"\x1f\x90", 1, 1, 6, 7, 8, 9, 10, 1)
+    record = layout.Record(1, 2, 3, b"t" * 16, b"c" * 16, b"s" * 16, 40000, 24048, layout.KIND.pack(*kind))
+    data = _ring(4096)
+    produced = _put(data, 0, SIZE, layout.RECORD.pack(*record))
+    (got,) = layout.walk_ring(memoryview(data), 0, produced, 10).records
+    assert layout.Record._make(got) == record
+    assert layout.Kind._make(layout.KIND.unpack(got[8])) == kind

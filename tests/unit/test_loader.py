@@ -101,8 +101,8 @@ def test_secrets_differ() -> None:
         assert all(0 <= number < 2**64 for number in numbers)
 
 
-@pytest.mark.parametrize(("rate", "pages"), [(0, 16), (1, 16), (1_000, 64), (20_000, 2_048), (10_000_000, 4_096)])
-def test_ring_holds_two_seconds(rate: int, pages: int) -> None:
-    """The ring is a power of two of pages with room for two seconds of records, within bounds."""
+@pytest.mark.parametrize(("rate", "pages"), [(0, 16), (1, 16), (1_000, 128), (20_000, 2_048), (10_000_000, 4_096)])
+def test_ring_holds_three_seconds(rate: int, pages: int) -> None:
+    """The ring is a power of two of pages with room for three seconds of records, within bounds."""
     assert loader.ring_pages(rate) == pages
-    assert pages == loader.LARGEST_RING_PAGES or pages * 4096 >= 2 * rate * 128
+    assert pages == loader.LARGEST_RING_PAGES or pages * 4096 >= 3 * rate * 128

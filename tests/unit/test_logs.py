@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from otel_lb_hop.ops.logs import QUIET_SECONDS, REMEMBERED_CAUSES, OncePerCause, set_up_logging
+from otel_lb_hop.ops.logs import KEPT_LINES, QUIET_SECONDS, REMEMBERED_CAUSES, LineKeeper, OncePerCause, set_up_logging
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -109,3 +109,44 @@ def test_set_up(root: logging.Logger, level: str, lines: int, capsys: pytest.Cap
     assert err.splitlines()[0].endswith(" ERROR one: failed 1")
     for handler in root.handlers:
         handler.close()
+
+
+def test_lines_are_kept_until_they_are_taken(root: logging.Logger) -> None:
+    """What goes to stderr can be exported too, once: each line with its time, level, place and exception."""
+    kept = set_up_logging("info")
+    logger = logging.getLogger("otel_lb_hop.agent")
+    before = time.time_ns()
+    logger.info("counting on %s", "eth0")
+    logger.debug("not at this level")
+    for _ in range(23):
+        logger.warning("the Collector is away")
+    rows: dict[str, int] = {}
+    try:
+        rows["row"] += 1
+    except KeyError:
+        logger.exception("counters")
+    lines = kept.take()
+    assert [(line.level, line.text) for line in lines] == [
+        (logging.INFO, "counting on eth0"),
+        (logging.WARNING, "the Collector is away"),
+        (logging.ERROR, "counters"),
+    ]
+    assert all(before - 1_000_000 <= line.time_ns <= time.time_ns() for line in lines)
+    name = "otel_lb_hop.agent.test_lines_are_kept_until_they_are_taken"
+    assert {line.function for line in lines} == {name}
+    assert [line.exception is not None for line in lines] == [False, False, True]
+    assert lines[2].exception is not None
+    kind, message, trace = lines[2].exception
+    assert (kind, message) == ("KeyError", "'row'")
+    assert trace.startswith("Traceback")
+    assert kept.take() == []
+    assert len(root.handlers) == 2
+
+
+def test_lines_that_nobody_takes() -> None:
+    """The newest are kept, and it is known how many were not."""
+    kept = LineKeeper()
+    for number in range(KEPT_LINES + 23):
+        kept.handle(logging.LogRecord("x", logging.INFO, __file__, 1, "line %d", (number,), None, "f"))
+    lines = kept.take()
+    assert (len(lines), lines[0].text, kept.lost) == (KEPT_LINES, "line 23", 23)

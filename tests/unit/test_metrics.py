@@ -1,9 +1,10 @@
-# ruff: noqa: TID251 - the SDK's classes are what is made, its encoder is the oracle
+# ruff: noqa: TID251 - the official classes read what is made, the SDK's encoder is the oracle
 """From counters to OTLP metrics, with every name and value spelt out: dashboards depend on them."""
 
 from __future__ import annotations
 
 from collections import Counter
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,22 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
-from opentelemetry.sdk.metrics.export import (
-    AggregationTemporality,
-    Gauge,
-    HistogramDataPoint,
-    Metric,
-    MetricsData,
-    NumberDataPoint,
-    Sum,
-)
-from opentelemetry.sdk.metrics.export import Histogram as HistogramData
 from opentelemetry.sdk.resources import Resource
 
 from otel_lb_hop import __version__, semconv
 from otel_lb_hop.core.layout import BUCKETS, Event, Histogram, HopStats, Unforwarded, VipStats
+from otel_lb_hop.core.ledger import Stage
 from otel_lb_hop.core.topology import KEEP_RETIRED_NS, Topology
-from otel_lb_hop.export.metrics import MetricsBuilder, SelfReport
+from otel_lb_hop.export import otlp_metrics, sdk_metrics
+from otel_lb_hop.export.metrics import MetricsBuilder, SelfReport, Usage
+from otel_lb_hop.export.wire import Envelope
 from otel_lb_hop.model import Hop, Policy, Transport
 from tests.unit.samples import (
     CLUSTERS,
@@ -43,8 +37,12 @@ from tests.unit.samples import (
 )  # fmt: skip
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
     from random import Random
 
+    from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric
+
+    from otel_lb_hop.export.delivery import Chunk
     from otel_lb_hop.model import Cluster
 
 START = 1_700_000_000 * SECOND
@@ -72,8 +70,14 @@ RECORDS_ONLY = {
     "network.interface.name",
 }
 SEMCONV = {value for name, value in vars(semconv).items() if name.isupper()}
-EMPTY_REPORT = SelfReport((0,) * len(Event), {}, {}, 0, 0.0, {}, {})
+NO_USAGE = Usage(0.0, 0.0, 0)
+EMPTY_REPORT = SelfReport((0,) * len(Event), (), 0, 0.0, {}, {}, NO_USAGE)
 SECOND_REMOTE = backend("10.100.3.2", "node3", "zone-a")
+RESOURCE = {"service.name": "x", "k8s.node.name": NODE}
+ENVELOPE = Envelope(RESOURCE, semconv.SCOPE_NAME, __version__, semconv.SCHEMA_URL)
+SDK_RESOURCE = Resource(RESOURCE, semconv.SCHEMA_URL)
+CUMULATIVE = 2
+"""AGGREGATION_TEMPORALITY_CUMULATIVE."""
 
 Point = tuple[dict[str, Any], int, Any]
 
@@ -84,34 +88,65 @@ class Exporter:
     def __init__(self, state: Cluster) -> None:
         self.topology = Topology(NODE)
         self.topology.replace(state, START)
-        self.builder = MetricsBuilder(Resource({"service.name": "x"}), self.topology, NODE, AGENT_START)
+        self.builder = MetricsBuilder(self.topology, NODE, AGENT_START)
+
+    def chunks(
+        self,
+        vips: Mapping[int, VipStats] | None = None,
+        hops: Mapping[int, HopStats] | None = None,
+        report: SelfReport = EMPTY_REPORT,
+        now_ns: int = NOW,
+    ) -> list[Chunk]:
+        """Build one export."""
+        return otlp_metrics.encode(self.builder.build(vips or {}, hops or {}, report), ENVELOPE, now_ns)
 
     def build(
         self,
-        vips: dict[int, VipStats] | None = None,
-        hops: dict[int, HopStats] | None = None,
+        vips: Mapping[int, VipStats] | None = None,
+        hops: Mapping[int, HopStats] | None = None,
         report: SelfReport = EMPTY_REPORT,
         now_ns: int = NOW,
     ) -> dict[str, Metric]:
         """Build one export; gives its metrics by name."""
-        return metrics_of(self.builder.build(vips or {}, hops or {}, report, now_ns))
+        return metrics_of(self.chunks(vips, hops, report, now_ns))
 
 
-def metrics_of(data: MetricsData) -> dict[str, Metric]:
+def decoded(chunks: Iterable[Chunk]) -> ExportMetricsServiceRequest:
+    """Let the official classes read chunks of one export as one request."""
+    return ExportMetricsServiceRequest.FromString(ENVELOPE.wrap([chunk.payload for chunk in chunks]))
+
+
+def metrics_of(chunks: Iterable[Chunk]) -> dict[str, Metric]:
     """Take the metrics out of an export by name, of which each may stand there once."""
-    (resource,) = data.resource_metrics
+    (resource,) = decoded(chunks).resource_metrics
     (scope,) = resource.scope_metrics
     assert len({metric.name for metric in scope.metrics}) == len(scope.metrics)
     return {metric.name: metric for metric in scope.metrics}
 
 
+def kind(metric: Metric) -> str:
+    """Tell what a metric is: `sum`, `gauge` or `histogram`."""
+    name = metric.WhichOneof("data")
+    assert name is not None
+    return name
+
+
+def data_points(metric: Metric) -> list[Any]:
+    """Give the points as they are."""
+    return list(getattr(metric, kind(metric)).data_points)
+
+
 def points(metric: Metric) -> list[Point]:
     """Give (attributes, start, value) of each point."""
     made = []
-    for point in metric.data.data_points:
-        assert isinstance(point, (NumberDataPoint, HistogramDataPoint))
-        value = point.value if isinstance(point, NumberDataPoint) else (point.sum, point.bucket_counts)
-        made.append((dict(point.attributes or {}), point.start_time_unix_nano, value))
+    for point in data_points(metric):
+        attributes = {each.key: getattr(each.value, each.value.WhichOneof("value")) for each in point.attributes}
+        assert len(attributes) == len(point.attributes)
+        if kind(metric) == "histogram":
+            value = point.sum, tuple(point.bucket_counts)
+        else:
+            value = getattr(point, point.WhichOneof("value"))
+        made.append((attributes, point.start_time_unix_nano, value))
     return made
 
 
@@ -166,7 +201,7 @@ def test_zeros(web: Exporter) -> None:
     traffic = {"lb_hop.connections", "lb_hop.connections.pending", "lb_hop.syn.retransmits"}
     metrics = web.build({1: vip_stats()}, nothing)
     assert not metrics.keys() & traffic
-    assert len(metrics["lb_hop.endpoints"].data.data_points) == 3
+    assert len(points(metrics["lb_hop.endpoints"])) == 3
     web.build({1: vip_stats(external=(1,))}, nothing)
     metrics = web.build({1: vip_stats()}, nothing)
     assert [
@@ -226,15 +261,14 @@ def test_histograms(web: Exporter) -> None:
     }
     metrics = web.build({}, hops)
     forward = metrics["lb_hop.forward.duration"]
-    one, two = forward.data.data_points
-    assert isinstance(one, HistogramDataPoint)
-    assert isinstance(two, HistogramDataPoint)
-    assert one.explicit_bounds == (
+    one, two = data_points(forward)
+    assert tuple(one.explicit_bounds) == tuple(two.explicit_bounds)
+    assert tuple(one.explicit_bounds) == (
         1e-6, 2.5e-6, 5e-6, 1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3,
         0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0,
     )  # fmt: skip
-    assert (one.count, one.sum, one.bucket_counts) == (3, 1.5, (1, *(0,) * 20, 2))
-    assert (two.count, two.sum, two.bucket_counts) == (8, 7e-6, (0, 7, 1, *(0,) * 19))
+    assert (one.count, one.sum, tuple(one.bucket_counts)) == (3, 1.5, (1, *(0,) * 20, 2))
+    assert (two.count, two.sum, tuple(two.bucket_counts)) == (8, 7e-6, (0, 7, 1, *(0,) * 19))
     assert [each for each, _ in beyond(forward)] == [{"lb_hop.hop": "none"}, {"lb_hop.hop": "avoidable"}]
     ((attributes, value),) = beyond(metrics["lb_hop.handshake.duration"])
     assert (attributes, value) == ({"lb_hop.hop": "avoidable"}, (0.002, (*(0,) * 10, 1, *(0,) * 11)))
@@ -243,35 +277,45 @@ def test_histograms(web: Exporter) -> None:
 def test_kinds_units_and_temporality(web: Exporter) -> None:
     """Counters are cumulative and monotonic, histograms cumulative, the rest gauges; units are UCUM."""
     full = hop_stats(1, 1, refused=1, reply_unseen=1, forward=histogram(1, b0=1), handshake=histogram(1, b0=1))
-    report = SelfReport((1,) * len(Event), {}, {"logs": 1}, 1, 1.0, {"backends": (1, 2)}, {"ring": True})
+    stages = [Stage(name, signal, "", 2, 1, {"x": 1}, 0) for name, signal in (("queue", "logs"), ("queue", "metrics"))]
+    report = SelfReport((1,) * len(Event), stages, 1, 1.0, {"backends": (1, 2)}, {"ring": True}, NO_USAGE)
     metrics = web.build({1: vip_stats()}, {2: full}, report)
-    kinds = {name: (type(metric.data).__name__, metric.unit) for name, metric in metrics.items()}
+    kinds = {name: (kind(metric), metric.unit) for name, metric in metrics.items()}
     assert kinds == {
-        "lb_hop.connections": ("Sum", "{connection}"),
-        "lb_hop.connections.pending": ("Gauge", "{connection}"),
-        "lb_hop.syn.retransmits": ("Sum", "{packet}"),
-        "lb_hop.handshake.failures": ("Sum", "{connection}"),
-        "lb_hop.replies.unseen": ("Sum", "{connection}"),
-        "lb_hop.forward.duration": ("Histogram", "s"),
-        "lb_hop.handshake.duration": ("Histogram", "s"),
-        "lb_hop.endpoints": ("Gauge", "{endpoint}"),
-        "lb_hop.records.dropped": ("Sum", "{record}"),
-        "lb_hop.records.exported": ("Sum", "{record}"),
-        "lb_hop.events.dropped": ("Sum", "{event}"),
-        "lb_hop.vip.ports": ("Gauge", "{vip_port}"),
-        "lb_hop.topology.age": ("Gauge", "s"),
-        "lb_hop.map.usage": ("Gauge", "{entry}"),
-        "lb_hop.map.limit": ("Gauge", "{entry}"),
-        "lb_hop.part.healthy": ("Gauge", "1"),
+        "lb_hop.connections": ("sum", "{connection}"),
+        "lb_hop.connections.pending": ("gauge", "{connection}"),
+        "lb_hop.syn.retransmits": ("sum", "{packet}"),
+        "lb_hop.handshake.failures": ("sum", "{connection}"),
+        "lb_hop.replies.unseen": ("sum", "{connection}"),
+        "lb_hop.forward.duration": ("histogram", "s"),
+        "lb_hop.handshake.duration": ("histogram", "s"),
+        "lb_hop.endpoints": ("gauge", "{endpoint}"),
+        "lb_hop.records.seen": ("sum", "{record}"),
+        "lb_hop.records.exported": ("sum", "{record}"),
+        "lb_hop.records.dropped": ("sum", "{record}"),
+        "lb_hop.records.in_flight": ("gauge", "{record}"),
+        "lb_hop.data_points.seen": ("sum", "{data_point}"),
+        "lb_hop.data_points.exported": ("sum", "{data_point}"),
+        "lb_hop.data_points.dropped": ("sum", "{data_point}"),
+        "lb_hop.data_points.in_flight": ("gauge", "{data_point}"),
+        "lb_hop.events.dropped": ("sum", "{event}"),
+        "lb_hop.vip.ports": ("gauge", "{vip_port}"),
+        "lb_hop.topology.age": ("gauge", "s"),
+        "lb_hop.map.usage": ("gauge", "{entry}"),
+        "lb_hop.map.limit": ("gauge", "{entry}"),
+        "lb_hop.part.healthy": ("gauge", "1"),
+        "process.cpu.time": ("sum", "s"),
+        "process.memory.usage": ("sum", "By"),
     }
     for metric in metrics.values():
         assert metric.description
         assert not metric.name.endswith("_total")
-        if isinstance(metric.data, (Sum, HistogramData)):
-            assert metric.data.aggregation_temporality is AggregationTemporality.CUMULATIVE
-        if isinstance(metric.data, Sum):
-            assert metric.data.is_monotonic
-        assert all(point.time_unix_nano == NOW for point in metric.data.data_points)
+        if kind(metric) != "gauge":
+            assert getattr(metric, kind(metric)).aggregation_temporality == CUMULATIVE
+        if kind(metric) == "sum":
+            # What a process has of memory may fall.
+            assert metric.sum.is_monotonic == (metric.name != "process.memory.usage")
+        assert all(point.time_unix_nano == NOW for point in data_points(metric))
 
 
 def test_start_times() -> None:
@@ -288,8 +332,10 @@ def test_start_times() -> None:
     assert starts == {"dropped": START, "required": START, "avoidable": later}
     for name in ("lb_hop.syn.retransmits", "lb_hop.handshake.failures", "lb_hop.forward.duration"):
         assert [start for _, start, _ in points(metrics[name])] == [START]
-    for name in ("lb_hop.vip.ports", "lb_hop.endpoints", "lb_hop.events.dropped", "lb_hop.records.dropped"):
+    for name in ("lb_hop.events.dropped", "process.cpu.time"):
         assert {start for _, start, _ in points(metrics[name])} == {AGENT_START}
+    for name in ("lb_hop.vip.ports", "lb_hop.endpoints", "lb_hop.connections.pending"):
+        assert {start for _, start, _ in points(metrics[name])} == {0}
 
 
 def test_endpoints() -> None:
@@ -340,83 +386,163 @@ def test_carry_goes_with_its_vip_port() -> None:
     assert [(start, value) for _, start, value in points(metrics["lb_hop.handshake.failures"])] == [(later, 1)]
 
 
+def self_told(metrics: Mapping[str, Metric]) -> dict[str, dict[str, Any]]:
+    """Give the values of each metric by the attributes beyond the node's name, in the order of their names."""
+    told: dict[str, dict[str, Any]] = {}
+    for name, metric in metrics.items():
+        told[name] = {}
+        for attributes, start_ns, value in points(metric):
+            assert attributes.pop("k8s.node.name") == "node1"
+            assert start_ns == (0 if kind(metric) == "gauge" else AGENT_START)
+            told[name]["/".join(str(attributes[key]) for key in sorted(attributes))] = value
+    return told
+
+
 def test_self_metrics() -> None:
-    """What the agent says of itself: every loss by reason, tables, parts, age; all with the node's name."""
-    events = tuple(range(100, 100 + len(Event)))
+    """What the agent says of itself: events that could not be told, tables, parts, age, process; all with its node."""
+    dropped = {
+        "truncated": 105,
+        "fragment": 106,
+        "extension": 107,
+        "isn_shared": 108,
+        "no_slot": 109,
+        "late": 110,
+        "no_row": 111,
+        "conntrack_unread": 112,
+    }
     report = SelfReport(
-        events=events,
-        record_drops={("", "unresolved"): 3, ("", "wrong_size"): 0, ("logs", "queue_full"): 4, ("", "rate"): 1000},
-        records_exported={"logs": 7, "traces": 0},
+        events=tuple(dropped.get(event.name.lower(), 1_000) for event in Event),
+        stages=(),
         vip_ports=2,
         topology_age_s=1.5,
         map_usage={"vip_ports": (2, 16_384), "backends": (5, 262_144)},
         parts_healthy={"topology": True, "logs": False},
+        process=Usage(cpu_user_s=1.25, cpu_system_s=0.5, memory_bytes=50 << 20),
     )
-    metrics = Exporter(cluster()).build(report=report)
-    told: dict[str, dict[str, Any]] = {}
-    for name, metric in metrics.items():
-        told[name] = {}
-        for attributes, _, value in points(metric):
-            assert attributes.pop("k8s.node.name") == "node1"
-            told[name]["/".join(str(attributes[key]) for key in sorted(attributes))] = value
+    told = self_told(Exporter(cluster()).build(report=report))
     assert told == {
-        "lb_hop.records.dropped": {
-            "unresolved": 3,
-            "wrong_size": 0,
-            "logs/queue_full": 4,
-            "ratio": 101,
-            "rate": 1102,
-            "ring_full": 103,
-            "no_verdict": 104,
-        },
-        "lb_hop.records.exported": {"logs": 7, "traces": 0},
-        "lb_hop.events.dropped": {
-            "truncated": 105,
-            "fragment": 106,
-            "extension": 107,
-            "isn_shared": 108,
-            "no_slot": 109,
-            "late": 110,
-            "no_row": 111,
-            "conntrack_unread": 112,
-        },
+        "lb_hop.events.dropped": dropped,
         "lb_hop.vip.ports": {"": 2},
         "lb_hop.topology.age": {"": 1.5},
         "lb_hop.map.usage": {"vip_ports": 2, "backends": 5},
         "lb_hop.map.limit": {"vip_ports": 16_384, "backends": 262_144},
         "lb_hop.part.healthy": {"topology": 1, "logs": 0},
+        "process.cpu.time": {"user": 1.25, "system": 0.5},
+        "process.memory.usage": {"": 52_428_800},
     }
-    assert all(type(value) is int for name in told for value in told[name].values() if name != "lb_hop.topology.age")
-    signals = [each.get("lb_hop.signal") for each, _, _ in points(metrics["lb_hop.records.dropped"])]
-    assert Counter(signals) == {None: 6, "logs": 1}
+    whole = told.keys() - {"lb_hop.topology.age", "process.cpu.time"}
+    assert all(type(value) is int for name in whole for value in told[name].values())
+
+
+LEDGER = (
+    Stage("kernel", "", "", 1_000, 700, {"ratio": 200, "rate": 90, "ring_full": 0}, 10),
+    Stage("ring", "", "", 700, 690, {"wrong_size": 0}, 10),
+    Stage("queue", "logs", "otlp", 690, 600, {"queue_full": 50}, 40),
+    Stage("transport", "logs", "otlp", 600, 580, {"refused": 5, "queue_full": 15}, 0),
+    Stage("queue", "traces", "otlp", 690, 690, {}, 0),
+    Stage("transport", "traces", "otlp", 690, 690, {}, 0),
+    Stage("queue", "logs", "console", 690, 690, {}, 0),
+    Stage("transport", "logs", "console", 690, 680, {"failed": 10}, 0),
+    Stage("queue", "metrics", "otlp", 80, 40, {"superseded": 40}, 0),
+    Stage("transport", "metrics", "otlp", 40, 40, {"refused": 0}, 0),
+)
+
+
+def test_ledger() -> None:
+    """Every stage tells what came, ended and is there; exported is what the last of each way delivered, and no more."""
+    told = self_told(Exporter(cluster()).build(report=EMPTY_REPORT._replace(stages=LEDGER)))
+    names = {name: told[name] for name in told if name.startswith(("lb_hop.records.", "lb_hop.data_points."))}
+    assert names == {
+        "lb_hop.records.seen": {
+            "kernel": 1_000,
+            "ring": 700,
+            "otlp/logs/queue": 690,
+            "otlp/logs/transport": 600,
+            "otlp/traces/queue": 690,
+            "otlp/traces/transport": 690,
+            "console/logs/queue": 690,
+            "console/logs/transport": 690,
+        },
+        "lb_hop.records.exported": {
+            "otlp/logs/transport": 580,
+            "otlp/traces/transport": 690,
+            "console/logs/transport": 680,
+        },
+        "lb_hop.records.dropped": {
+            "kernel/ratio": 200,
+            "kernel/rate": 90,
+            "kernel/ring_full": 0,
+            "ring/wrong_size": 0,
+            "otlp/logs/queue/queue_full": 50,
+            "otlp/logs/transport/refused": 5,
+            "otlp/logs/transport/queue_full": 15,
+            "console/logs/transport/failed": 10,
+        },
+        "lb_hop.records.in_flight": {
+            "kernel": 10,
+            "ring": 10,
+            "otlp/logs/queue": 40,
+            "otlp/logs/transport": 0,
+            "otlp/traces/queue": 0,
+            "otlp/traces/transport": 0,
+            "console/logs/queue": 0,
+            "console/logs/transport": 0,
+        },
+        "lb_hop.data_points.seen": {"otlp/metrics/queue": 80, "otlp/metrics/transport": 40},
+        "lb_hop.data_points.exported": {"otlp/metrics/transport": 40},
+        "lb_hop.data_points.dropped": {"otlp/metrics/queue/superseded": 40, "otlp/metrics/transport/refused": 0},
+        "lb_hop.data_points.in_flight": {"otlp/metrics/queue": 0, "otlp/metrics/transport": 0},
+    }
+
+
+def test_labels_of_the_ledger() -> None:
+    """Stage, signal, exporter and reason stand there by name, where they exist."""
+    metrics = Exporter(cluster()).build(report=EMPTY_REPORT._replace(stages=LEDGER[:3]))
+    assert [attributes for attributes, _, _ in points(metrics["lb_hop.records.seen"])] == [
+        {"k8s.node.name": "node1", "lb_hop.stage": "kernel"},
+        {"k8s.node.name": "node1", "lb_hop.stage": "ring"},
+        {"k8s.node.name": "node1", "lb_hop.stage": "queue", "lb_hop.signal": "logs", "lb_hop.exporter": "otlp"},
+    ]
+    reasons = [attributes["reason"] for attributes, _, _ in points(metrics["lb_hop.records.dropped"])]
+    assert reasons == ["ratio", "rate", "ring_full", "wrong_size", "queue_full"]
+
+
+def test_a_ledger_adds_up_over_its_stages() -> None:
+    """What one way's first stage has seen = exported + dropped over all its stages + in flight over all of them."""
+    metrics = Exporter(cluster()).build(report=EMPTY_REPORT._replace(stages=LEDGER))
+    total: Counter[str] = Counter()
+    for name in ("exported", "dropped", "in_flight"):
+        for attributes, _, value in points(metrics[f"lb_hop.records.{name}"]):
+            if (
+                attributes.get("lb_hop.signal", "logs") == "logs"
+                and attributes.get("lb_hop.exporter", "otlp") == "otlp"
+            ):
+                total[name] += value
+    assert total == {"exported": 580, "dropped": 360, "in_flight": 60}
+    assert total.total() == 1_000
 
 
 def test_every_event_is_told() -> None:
-    """No event of the kernel is counted and then kept quiet, but for records that were sent."""
-    report = SelfReport(tuple(1 for _ in Event), {}, {}, 0, 0.0, {}, {})
-    metrics = Exporter(cluster()).build(report=report)
-    names = ("lb_hop.records.dropped", "lb_hop.events.dropped")
-    assert sum(value for name in names for _, _, value in points(metrics[name])) == len(Event) - 1
+    """No event of the kernel is counted and then kept quiet, but for those of records, which are the ledger's."""
+    metrics = Exporter(cluster()).build(report=EMPTY_REPORT._replace(events=tuple(1 for _ in Event)))
+    reasons = {attributes["reason"] for attributes, _, _ in points(metrics["lb_hop.events.dropped"])}
+    assert reasons == {event.name.lower() for event in Event if not event.name.startswith("RECORD_")}
 
 
 def test_resource_and_scope(web: Exporter) -> None:
     """An export names its resource and scope, with the schema of the semantic conventions."""
-    (resource,) = web.builder.build({}, {}, EMPTY_REPORT, NOW).resource_metrics
+    (resource,) = decoded(web.chunks()).resource_metrics
     (scope,) = resource.scope_metrics
-    assert resource.resource.attributes == {"service.name": "x"}
+    assert {each.key: each.value.string_value for each in resource.resource.attributes} == RESOURCE
     assert (scope.scope.name, scope.scope.version) == ("otel_lb_hop", __version__)
-    assert scope.schema_url == scope.scope.schema_url == "https://opentelemetry.io/schemas/1.44.0"
+    assert scope.schema_url == resource.schema_url == "https://opentelemetry.io/schemas/1.44.0"
 
 
-def test_official_encoder(web: Exporter) -> None:
-    """The OTLP encoder takes an export as it is; histograms have no min and max, bools stay bools."""
+def test_points(web: Exporter) -> None:
+    """Integers are integers up to the largest, bools stay bools, histograms have no min and max."""
     hops = {3: hop_stats(external=2**63 - 1, forward=histogram(3_000_000, b1=3, b21=1))}
-    data = web.builder.build({1: vip_stats(retransmits=2)}, hops, EMPTY_REPORT, NOW)
-    request = ExportMetricsServiceRequest.FromString(encode_metrics(data).SerializeToString())
-    metrics = {metric.name: metric for metric in request.resource_metrics[0].scope_metrics[0].metrics}
-    connections = metrics["lb_hop.connections"].sum
-    assert (connections.aggregation_temporality, connections.is_monotonic) == (2, True)
-    (point,) = connections.data_points
+    metrics = web.build({1: vip_stats(retransmits=2)}, hops)
+    (point,) = metrics["lb_hop.connections"].sum.data_points
     assert (point.as_int, point.start_time_unix_nano, point.time_unix_nano) == (2**63 - 1, START, NOW)
     values = {each.key: each.value for each in point.attributes}
     assert values["lb_hop.zone.crossed"].bool_value is True
@@ -426,6 +552,46 @@ def test_official_encoder(web: Exporter) -> None:
     assert not times.HasField("max")
     assert (times.count, times.sum, list(times.bucket_counts)) == (4, 0.003, [0, 3, *[0] * 19, 1])
     assert len(times.explicit_bounds) == len(times.bucket_counts) - 1
+
+
+def test_chunks_of_a_large_cluster() -> None:
+    """No chunk is over 1 MiB, each is whole, knows its points and its bytes; together they tell every point once."""
+    vips = (vip_port(LOCAL, REMOTE, address=f"10.1.{number // 250}.{number % 250}") for number in range(2_000))
+    large = Exporter(cluster(*vips))
+    used = {number: vip_stats(external=(number,)) for number in large.topology.vips.by_id}
+    hops = {number: hop_stats(forward=histogram(1, b0=number)) for number in large.topology.hops.by_id}
+    chunks = large.chunks(used, hops)
+    assert len(chunks) > 3
+    told: dict[str, list[int]] = {}
+    for chunk in chunks:
+        assert chunk.group is ENVELOPE
+        assert chunk.size_bytes == len(chunk.payload) <= 1 << 20
+        pieces = decoded([chunk]).resource_metrics[0].scope_metrics[0].metrics
+        assert chunk.items == sum(len(data_points(piece)) for piece in pieces) > 0
+        for piece in pieces:
+            assert piece.unit
+            told.setdefault(piece.name, []).append(len(points(piece)))
+    assert {name: sum(counts) for name, counts in told.items() if len(counts) > 1} == {
+        "lb_hop.connections": 6_000,
+        "lb_hop.forward.duration": 6_000,
+        "lb_hop.syn.retransmits": 2_000,
+        "lb_hop.connections.pending": 2_000,
+        "lb_hop.endpoints": 6_000,
+    }
+    series = [
+        (piece.name, frozenset(attributes.items()))
+        for piece in chain.from_iterable(
+            decoded([each]).resource_metrics[0].scope_metrics[0].metrics for each in chunks
+        )
+        for attributes, _, _ in points(piece)
+    ]
+    assert len(series) == len(set(series)) == sum(chunk.items for chunk in chunks)
+
+
+def test_nothing_to_tell_is_no_chunk() -> None:
+    """Metrics without points leave nothing behind, and no metrics no chunk."""
+    assert otlp_metrics.encode([], ENVELOPE, NOW) == []
+    assert "lb_hop.connections" not in Exporter(cluster()).build()
 
 
 def _random_histogram(random: Random, last: Histogram) -> Histogram:
@@ -465,31 +631,40 @@ class _Kernel:
         self.hops = {each: _grown_hop(random, self.hops.get(each, hop_stats())) for each in rows.hop_ids}
 
 
+REPORT = SelfReport(
+    tuple(range(len(Event))), LEDGER, 2, 1.5, {"x": (1, 2)}, {"a": True, "b": False}, Usage(1.5, 0.0, 9)
+)
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.tuples(st.sampled_from([1, 299, 301]), CLUSTERS), min_size=1, max_size=5), st.randoms())
 def test_any_history(steps: list[tuple[int, Cluster]], random: Random) -> None:
-    """In any history of topologies and counters names are ours, no two points are one series, none ever falls."""
+    """In any history of topologies and counters names are ours, no two points are one series, none ever falls.
+
+    And the bytes say what the SDK's encoder makes of the same points in the SDK's classes.
+    """
     exporter, kernel, now = Exporter(cluster()), _Kernel(), START
     last: dict[tuple[str, frozenset[tuple[str, Any]]], tuple[int, list[float]]] = {}
     for seconds, state in steps:
         now += seconds * SECOND
         exporter.topology.replace(state, now)
         kernel.go_on(exporter, random, now)
-        data = exporter.builder.build(kernel.vips, kernel.hops, EMPTY_REPORT, now)
-        metrics = metrics_of(data)
+        chunks = exporter.chunks(kernel.vips, kernel.hops, REPORT, now)
+        metrics = metrics_of(chunks)
         assert metrics.keys() <= SEMCONV
-        encode_metrics(data).SerializeToString()
+        data = sdk_metrics.make_data(exporter.builder.build(kernel.vips, kernel.hops, REPORT), SDK_RESOURCE, now)
+        assert decoded(chunks) == encode_metrics(data)
         told = {
             (name, frozenset(attributes.items())): (start, [value] if isinstance(value, (int, float)) else value[1])
             for name, metric in metrics.items()
             for attributes, start, value in points(metric)
         }
-        assert len(told) == sum(len(metric.data.data_points) for metric in metrics.values())
+        assert len(told) == sum(len(data_points(metric)) for metric in metrics.values())
         for (name, attributes), (start, values) in told.items():
             assert dict(attributes).keys() <= SEMCONV - RECORDS_ONLY
             assert "" not in dict(attributes).values()
             assert start <= now
-            if isinstance(metrics[name].data, Gauge) or (name, attributes) not in last:
+            if kind(metrics[name]) == "gauge" or (name, attributes) not in last:
                 continue
             before_start, before = last[name, attributes]
             # A later start is a new series; with the same start nothing may fall.

@@ -1,11 +1,18 @@
 # ruff: noqa: TID251 - the SDK's classes are what is made, its encoders are the oracle
-"""Log records and spans of every kind of connection, with every name and value spelt out, and through OTLP and back."""
+"""Log records and spans of every kind of connection, with every name and value spelt out.
+
+Both ways to make them are held to the same: the SDK's classes (`sdk_records`), whose encoders are the oracle, and our
+own encoders (`records`), compared message by message.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from opentelemetry._logs import SeverityNumber  # noqa: PLC2701 - logs are not stable yet
 from opentelemetry.exporter.otlp.proto.common._log_encoder import encode_logs  # noqa: PLC2701 - as above
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
@@ -15,33 +22,36 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.trace import SpanKind, StatusCode
 
 from otel_lb_hop import __version__, semconv
-from otel_lb_hop.core.hops import resolve
-from otel_lb_hop.core.ids import mix, rejection_threshold
-from otel_lb_hop.core.layout import Verdict
+from otel_lb_hop.core.hops import resolve, tell
+from otel_lb_hop.core.ids import tracestate
+from otel_lb_hop.core.layout import KIND, Kind, Record, Verdict
 from otel_lb_hop.core.topology import Topology
-from otel_lb_hop.export.records import RecordBuilder
-from otel_lb_hop.model import pack_address
+from otel_lb_hop.export.records import CHUNK_RECORDS, LogEncoder, Sampling, SpanEncoder
+from otel_lb_hop.export.sdk_records import SdkEncoder, SdkRecords
+from otel_lb_hop.model import Policy, Transport, pack_address
 from tests.unit.samples import LOCAL, NODE, REMOTE, SECOND, backend, cluster, record, vip_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from opentelemetry.proto.common.v1.common_pb2 import KeyValue
+    from opentelemetry.proto.trace.v1.trace_pb2 import Span as OtlpSpan
     from opentelemetry.sdk._logs import ReadableLogRecord
     from opentelemetry.sdk.trace import ReadableSpan
     from opentelemetry.trace import SpanContext
 
-    from otel_lb_hop.core.hops import Connection
-    from otel_lb_hop.core.layout import Record
+    from otel_lb_hop.core.hops import Connection, Course
+    from otel_lb_hop.export.delivery import Chunk
 
 OFFSET = 1_700_000_000 * SECOND
 START = OFFSET + 5 * SECOND
 OBSERVED = START + SECOND
-TRACE_HIGH, TRACE_LOW = 0x0123456789ABCDEF, 0xFEDCBA9876543210
-TRACE_ID = TRACE_HIGH << 64 | TRACE_LOW
-SPAN_ID = mix(TRACE_HIGH ^ TRACE_LOW)
+TRACE_ID = 0x0123456789ABCDEFFEDCBA9876543210
+SPAN_ID = 0xFEDCBA9876543210
 RATIO_STATE, KEPT_STATE = "th:c", "th:0"
-BUILDER = RecordBuilder(Resource({"service.name": "x"}, "https://schema"), NODE, rejection_threshold(0.25))
+QUARTER = Sampling.make(0.25)
+RESOURCE = Resource({"service.name": "x"}, semconv.SCHEMA_URL)
+BUILDER = SdkRecords(RESOURCE, NODE, QUARTER)
 
 ALWAYS = {
     "k8s.namespace.name": "default",
@@ -159,9 +169,9 @@ CASES = {
         (),
     ),
     "answered, translation not seen": Case(
-        record(forward_ns=0, hop_id=1),
+        record(forward_ns=0, hop_id=1, translated=0),
         ALWAYS | {"lb_hop.outcome": "forwarded", "lb_hop.hop": "unknown", "lb_hop.handshake.duration": 0.002},
-        f"{ARRIVED} and was answered by a backend that was not seen",
+        f"{ARRIVED} and went to a backend that was not seen, answered after 2.000 ms",
         span_events=("syn_ack",),
     ),
     "backend not in the topology, interface gone": Case(
@@ -185,13 +195,18 @@ CASES = {
 GOOD = [name for name, case in CASES.items() if case.status is None]
 
 
-def told(kernel_record: Record) -> Connection:
-    """Resolve a record with VIP port 1: a backend here (row 2), on node2 in another zone (3), on node3 (4)."""
+def known() -> Topology:
+    """Know VIP port 1: a backend here (row 2), on node2 in another zone (3), on node3 (4)."""
     topology = Topology(NODE)
     topology.replace(cluster(vip_port(LOCAL, REMOTE, backend("10.100.3.2", "node3")), node1="zone-a"), OFFSET)
-    connection = resolve(kernel_record, topology, OFFSET, {2: "eth0", 3: "veth1"}.get)
-    assert connection is not None
-    return connection
+    return topology
+
+
+def told(kernel_record: Record, topology: Topology | None = None) -> Connection:
+    """Resolve a record."""
+    course = resolve(kernel_record.kind, topology or known(), {2: "eth0", 3: "veth1"}.get)
+    assert course is not None
+    return tell(kernel_record, course, OFFSET)
 
 
 def log_of(case: Case) -> ReadableLogRecord:
@@ -219,7 +234,8 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 def test_attributes(case: Case) -> None:
     """Log record and span have the same attributes, all that is known and nothing that is not."""
-    assert dict(log_of(case).log_record.attributes or {}) == case.attributes
+    sampled = {} if case.status else {"sampling.threshold": "c"}
+    assert dict(log_of(case).log_record.attributes or {}) == case.attributes | sampled
     assert dict(span_of(case).attributes or {}) == case.attributes
 
 
@@ -287,9 +303,10 @@ def test_log_through_otlp(case: Case) -> None:
     (resource,) = request.resource_logs
     (scope,) = resource.scope_logs
     (log,) = scope.log_records
-    assert decoded(log.attributes) == case.attributes
+    wanted = case.attributes | ({} if case.status else {"sampling.threshold": "c"})
+    assert decoded(log.attributes) == wanted
     assert {name: type(value) for name, value in decoded(log.attributes).items()} == {
-        name: type(value) for name, value in case.attributes.items()
+        name: type(value) for name, value in wanted.items()
     }
     assert (log.event_name, log.body.string_value) == (case.event, case.body)
     assert (log.time_unix_nano, log.observed_time_unix_nano) == (START, OBSERVED)
@@ -299,7 +316,7 @@ def test_log_through_otlp(case: Case) -> None:
     assert (scope.scope.name, scope.scope.version, scope.schema_url) == (
         "otel_lb_hop", __version__, semconv.SCHEMA_URL,
     )  # fmt: skip
-    assert (decoded(resource.resource.attributes), resource.schema_url) == ({"service.name": "x"}, "https://schema")
+    assert (decoded(resource.resource.attributes), resource.schema_url) == ({"service.name": "x"}, semconv.SCHEMA_URL)
 
 
 def test_span_through_otlp(case: Case) -> None:
@@ -321,13 +338,13 @@ def test_ipv6() -> None:
     topology.replace(cluster(vip_port(backend("fd00:100::2", "node2"), address="fd00:10::1", port=443)), OFFSET)
     ends = {"client": "2001:db8::7", "snat": "fd00:18::3", "backend": "fd00:100::2"}
     changes: dict[str, Any] = {name: pack_address(address) for name, address in ends.items()}
-    connection = resolve(record(**changes, hop_id=2), topology, OFFSET, {2: "eth0"}.get)
-    assert connection is not None
-    log = BUILDER.log_record(connection, OBSERVED).log_record
+    kernel_record = record(**changes, hop_id=2)
+    log = BUILDER.log_record(told(kernel_record, topology), OBSERVED).log_record
     assert log.body == (
         "[2001:db8::7]:40000 to default/web at [fd00:10::1]:443 came in on node1"
         " and went to [fd00:100::2]:8080 on node2, required hop, answered after 2.000 ms"
     )
+    assert_same([kernel_record], topology, QUARTER)
     got = dict(log.attributes or {})
     names = ("client.address", "server.address", "source.address", "destination.address", "network.type")
     assert [got[name] for name in names] == ["2001:db8::7", "fd00:10::1", "fd00:18::3", "fd00:100::2", "ipv6"]
@@ -337,6 +354,170 @@ def test_ipv6() -> None:
 @pytest.mark.parametrize("name", GOOD)
 def test_tracestate_tells_the_ratio(name: str, ratio: float, state: str) -> None:
     """Good connections carry the threshold that they passed, so that a reader can count up."""
-    builder = RecordBuilder(Resource({}), NODE, rejection_threshold(ratio))
+    builder = SdkRecords(Resource({}), NODE, Sampling.make(ratio))
     context = context_of(builder.span(told(CASES[name].record)))
     assert dict(context.trace_state) == {"ot": state}
+
+
+def assert_same(records: list[Record], topology: Topology, sampling: Sampling) -> None:
+    """Hold our encoders to what the SDK's way makes of the same records."""
+    courses = [resolve(each.kind, topology, {2: "eth0", 3: "veth1"}.get) for each in records]
+    builder = SdkRecords(RESOURCE, NODE, sampling)
+    connections = [tell(each, course, OFFSET) for each, course in zip(records, courses, strict=True) if course]
+    logs = encode_logs([builder.log_record(each, OBSERVED) for each in connections])
+    spans = encode_spans([builder.span(each) for each in connections])
+    for span in (span for each in spans.resource_spans for scope in each.scope_spans for span in scope.spans):
+        # trace.proto wants W3C's flags in the low eight bits; the SDK's encoder leaves them out, and has them in logs.
+        span.flags |= 3
+    log_chunks = LogEncoder(RESOURCE, NODE, sampling).encode(records, courses, OFFSET, OBSERVED)
+    span_chunks = SpanEncoder(RESOURCE, NODE, sampling).encode(records, courses, OFFSET, OBSERVED)
+    assert ExportLogsServiceRequest.FromString(request_of(log_chunks)) == logs
+    assert ExportTraceServiceRequest.FromString(request_of(span_chunks)) == spans
+    for chunks in (log_chunks, span_chunks):
+        assert sum(chunk.items for chunk in chunks) == len(connections)
+        assert all(chunk.size_bytes == len(chunk.payload) for chunk in chunks)
+
+
+def request_of(chunks: list[Chunk]) -> bytes:
+    """Put chunks into one request, as a sink does."""
+    return bytes(chunks[0].group.wrap([chunk.payload for chunk in chunks])) if chunks else b""
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.25])
+def test_our_encoders_say_what_the_sdk_says(ratio: float) -> None:
+    """All kinds of connections in one batch: both signals decode to equal messages."""
+    assert_same([case.record for case in CASES.values()], known(), Sampling.make(ratio))
+
+
+def test_records_without_a_course_are_left_out() -> None:
+    """What is not known of is not told, and the rest of the batch is."""
+    assert_same([record(vip_id=99), record(), record(vip_id=98)], known(), QUARTER)
+    assert_same([record(vip_id=99)], known(), QUARTER)
+
+
+def test_a_chunk_is_bounded() -> None:
+    """A large batch comes as several chunks, in order."""
+    records = [record(client_port=port) for port in range(2 * CHUNK_RECORDS + 23)]
+    courses: list[Course | None] = [told(records[0]).course] * len(records)
+    chunks = LogEncoder(RESOURCE, NODE, QUARTER).encode(records, courses, OFFSET, OBSERVED)
+    assert [chunk.items for chunk in chunks] == [CHUNK_RECORDS, CHUNK_RECORDS, 23]
+    logs = ExportLogsServiceRequest.FromString(request_of(chunks)).resource_logs[0].scope_logs[0].log_records
+    assert [decoded(log.attributes)["client.port"] for log in logs] == list(range(len(records)))
+
+
+def test_many_clients() -> None:
+    """More addresses than are remembered come out right all the same."""
+    encoder = LogEncoder(RESOURCE, NODE, QUARTER)
+    course = told(record()).course
+    for number in range(20_000):
+        client = pack_address(f"10.9.{number >> 8}.{number & 255}")
+        (chunk,) = encoder.encode([record(client=client)], [course], OFFSET, OBSERVED)
+        assert f"10.9.{number >> 8}.{number & 255}:40000 to".encode() in chunk.payload
+    assert len(encoder._clients.known) <= 16_384
+
+
+@pytest.mark.parametrize(
+    ("kernel", "own", "kept"), [(1.0, 0.5, 500), (0.25, 0.5, 1000), (1.0, 0.0, 0), (1.0, 1.0, 1000)]
+)
+def test_spans_sampled_more_thinly(kernel: float, own: float, kept: int) -> None:
+    """A ratio of the signal's own keeps whole traces and all failures; what it leaves out is counted, in both ways."""
+    sampling = Sampling.make(kernel, own)
+    ids = [number * 2**56 // 1000 for number in range(1000)]
+    good = [record(trace_id=b"x" * 9 + each.to_bytes(7)) for each in ids]
+    bad = [record(Verdict.REFUSED, trace_id=b"x" * 16)] * 23
+    courses: list[Course | None] = [told(each).course for each in (good[0], bad[0])]
+    courses = courses[:1] * 1000 + [None] + courses[1:] * 23
+    batch = [*good, record(vip_id=99), *bad]
+    ours, sdk = (
+        SpanEncoder(RESOURCE, NODE, sampling),
+        SdkEncoder("traces", SdkRecords(RESOURCE, NODE, sampling), sampling),
+    )
+    if kernel < 1.0:
+        courses, batch = courses[750:], batch[750:]  # what the kernel let through
+        kept = 250
+    for encoder in (ours, sdk):
+        chunks = encoder.encode(batch, courses, OFFSET, OBSERVED)
+        assert sum(chunk.items for chunk in chunks) == encoder.encoded == kept + 23
+        assert encoder.not_sampled == len(batch) - 24 - kept
+    states = {span.trace_state for span in spans_of(ours.encode(batch, courses, OFFSET, OBSERVED))}
+    assert states <= {"ot=th:0", f"ot={tracestate(sampling.threshold)}"}
+
+
+def spans_of(chunks: list[Chunk]) -> list[OtlpSpan]:
+    """Read spans back."""
+    return list(ExportTraceServiceRequest.FromString(request_of(chunks)).resource_spans[0].scope_spans[0].spans)
+
+
+ADDRESSES = st.one_of(
+    st.binary(min_size=16, max_size=16), st.binary(min_size=4, max_size=4).map((bytes(10) + b"\xff\xff").__add__)
+)
+PORTS = st.integers(0, 65_535)
+TIMES = st.integers(0, 2**62)
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=300)
+
+
+@st.composite
+def worlds(draw: st.DrawFn) -> tuple[Topology, list[Record]]:
+    """Draw a topology with names of any length in any script, and records of anything."""
+    address = draw(ADDRESSES)
+    backends = [
+        replace(
+            backend("10.100.1.2", draw(st.sampled_from([None, NODE, "node2", "node3"]))),
+            address=end,
+            port=port,
+            pod=draw(NAMES) or None,
+            pod_namespace=draw(NAMES) or None,
+            zone=draw(NAMES) or None,
+        )
+        for end, port in draw(st.lists(st.tuples(ADDRESSES, PORTS), max_size=3))
+    ]
+    served = replace(
+        vip_port(*backends),
+        namespace=draw(NAMES),
+        service=draw(NAMES),
+        address=address,
+        port=draw(PORTS),
+        transport=draw(st.sampled_from(Transport)),
+        policy=draw(st.sampled_from(Policy)),
+    )
+    topology = Topology(NODE)
+    topology.replace(cluster(served, **draw(st.sampled_from([{}, {"node1": "zone-a"}]))), OFFSET)
+    ends = st.sampled_from([(each.address, each.port) for each in backends]) if backends else st.nothing()
+    records = []
+    for _ in range(draw(st.integers(0, 5))):
+        syn_ns, verdict = draw(TIMES), draw(st.sampled_from(Verdict))
+        translated = verdict < Verdict.DROPPED and (verdict is Verdict.TRANSLATED or draw(st.booleans()))
+        end, port = draw(ends | st.tuples(ADDRESSES, PORTS)) if translated else (bytes(16), 0)
+        kind = Kind(
+            backend=end,
+            backend_port=port.to_bytes(2, "big"),
+            verdict=verdict,
+            origin=draw(st.integers(0, 2)),
+            vip_id=draw(st.sampled_from([1, 1, 1, 7])),
+            hop_id=draw(st.integers(1, 5)),
+            in_ifindex=draw(st.integers(0, 3)),
+            out_ifindex=draw(st.integers(0, 3)),
+            retransmits=draw(st.integers(0, 2**16 - 1)),
+            translated=int(translated),
+        )
+        records.append(
+            Record(
+                syn_ns=syn_ns,
+                forward_ns=syn_ns + draw(st.integers(0, 10**12)) if translated else 0,
+                end_ns=syn_ns + draw(st.integers(0, 10**12)),
+                trace_id=draw(st.binary(min_size=16, max_size=16).filter(lambda each: any(each[:8]) and any(each[8:]))),
+                client=draw(ADDRESSES),
+                snat=draw(ADDRESSES) if translated else bytes(16),
+                client_port=draw(PORTS),
+                snat_port=draw(PORTS) if translated else 0,
+                kind=KIND.pack(*kind),
+            )
+        )
+    return topology, records
+
+
+@given(worlds(), st.floats(0, 1))
+def test_any_record_is_what_the_sdk_says(world: tuple[Topology, list[Record]], ratio: float) -> None:
+    """Whatever the kernel tells and however things are called: both signals are what the SDK's way makes of it."""
+    topology, records = world
+    assert_same(records, topology, Sampling.make(ratio))

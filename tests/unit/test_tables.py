@@ -13,11 +13,13 @@ import pytest
 
 from otel_lb_hop.core.layout import HOP_STATS_WORDS, VIP_STATS_WORDS, VIP_VALUE
 from otel_lb_hop.core.topology import Pending, Topology
-from otel_lb_hop.kernel.tables import KernelTables
+from otel_lb_hop.kernel.tables import BATCH_ROWS, KernelTables
 from otel_lb_hop.model import Cluster
 from tests.unit.samples import LOCAL, NODE, REMOTE, backend, cluster, hop_stats, vip_port, vip_stats
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from otel_lb_hop.kernel.loader import Loaded
 
 ROOM = 100
@@ -33,11 +35,18 @@ class Map:
         self.refuses_deletes = False
         self._name = name
         self._journal = journal
-        self._value_size = value_size
+        self.value_size = value_size
+        self.batch_entries: int | None = None
 
     def get(self, key: bytes) -> bytes | None:
         """Read one value."""
         return self.entries.get(key)
+
+    def items(self) -> Iterator[tuple[bytes, bytes]]:
+        """Read all entries; where only so many come by batch, the kernel refuses then."""
+        yield from itertools.islice(self.entries.items(), self.batch_entries)
+        if self.batch_entries is not None:
+            raise OSError(errno.EINVAL, "Invalid argument")
 
     def put(self, key: bytes, value: bytes) -> None:
         """Write one value, as kernel/bpf/hashtab.c: a key that is there can be written in a full map too."""
@@ -47,7 +56,7 @@ class Map:
             self.puts_without_memory -= 1
             raise OSError(errno.ENOMEM, "Cannot allocate memory")
         self._journal.append(f"{self._name} put")
-        self.entries[key] = value.ljust(self._value_size, b"\0")
+        self.entries[key] = value.ljust(self.value_size, b"\0")
 
     def delete(self, key: bytes) -> None:
         """Remove one key; one that is not there is no error."""
@@ -278,17 +287,20 @@ def test_a_refused_delete_stays_pending(refusing: str) -> None:
 
 
 def test_rows_that_are_not_kept_tell_their_last_counts() -> None:
-    """The rows of what was forgotten go, what hop rows had counted is answered, and the others stay as they are."""
+    """The rows of what was forgotten go, what they had counted is answered, and the others stay as they are."""
     kernel = Kernel()
     kernel.take(SHOP)
     for number, count in ((3, 7), (5, 8)):
         words = struct.pack(f"={HOP_STATS_WORDS}Q", 0, count, *[0] * (HOP_STATS_WORDS - 2))
         kernel.hop_stats.entries[number.to_bytes(4, sys.byteorder)] = words
     kernel.topology.replace(cluster(vip_port(LOCAL, REMOTE)), 5)
-    assert kernel.tables.keep_rows(kernel.topology.rows(4)) == {}
+    kernel.vip_stats.entries[(4).to_bytes(4, sys.byteorder)] = struct.pack(f"={VIP_STATS_WORDS}Q", 2, 9, *[0] * 7)
+    assert kernel.tables.keep_rows(kernel.topology.rows(4)) == ({}, {})
     kernel.write()
     kernel.journal.clear()
-    assert kernel.tables.keep_rows(kernel.topology.rows(5)) == {4: hop_stats(), 5: hop_stats(external=8)}
+    last = kernel.tables.keep_rows(kernel.topology.rows(5))
+    assert last.hops == {4: hop_stats(), 5: hop_stats(external=8)}
+    assert {number: row.connections for number, row in last.vips.items()} == {4: (2, 9)}
     assert kernel.done == ["hop_stats delete", "vip_stats delete"]
     assert kernel.rows == ({1}, {1, 2, 3})
     usage = kernel.tables.usage()
@@ -317,6 +329,24 @@ def test_idle_rows_of_a_snapshot_share_one_value() -> None:
     hops = kernel.tables.snapshot().hops
     assert sorted(stats.forwarded for stats in hops.values()) == [(0, 0), (0, 0), (7, 0)]
     assert len({id(stats) for stats in hops.values()}) == 2
+
+
+@pytest.mark.parametrize("batch_entries", [None, 0, 100])
+def test_many_rows_are_all_read_whatever_becomes_of_a_batch(batch_entries: int | None) -> None:
+    """Where the kernel reads no batches, or stops in the middle of one, the rest is read singly: each row once."""
+    kernel = Kernel()
+    for each in kernel.maps.values():
+        each.limit = 2_000
+    kernel.take(Cluster(tuple(vip_port(LOCAL, port=port) for port in range(1, BATCH_ROWS + 1))))
+    for number in range(1, 2 * BATCH_ROWS, 2):
+        words = struct.pack(f"={HOP_STATS_WORDS}Q", 0, number, *[0] * (HOP_STATS_WORDS - 2))
+        kernel.hop_stats.entries[number.to_bytes(4, sys.byteorder)] = words
+    kernel.hop_stats.batch_entries = kernel.vip_stats.batch_entries = batch_entries
+    snapshot = kernel.tables.snapshot()
+    vip_ids, hop_ids = kernel.rows
+    assert snapshot.vips.keys() == vip_ids
+    assert snapshot.hops == {number: hop_stats(external=number if number % 2 else 0) for number in hop_ids}
+    assert (len(vip_ids), len(hop_ids)) == (BATCH_ROWS, 2 * BATCH_ROWS)
 
 
 def test_usage() -> None:

@@ -1,0 +1,129 @@
+"""Log records and spans in the SDK's public classes: for `console` and plugins, and the oracle of `records`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from opentelemetry._logs import LogRecord, SeverityNumber  # noqa: PLC2701 - logs are not stable yet (opentelemetry-python#2240)
+from opentelemetry.sdk._logs import ReadableLogRecord  # noqa: PLC2701 - as above
+from opentelemetry.sdk.trace import Event, ReadableSpan
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+from opentelemetry.trace import (
+    NonRecordingSpan,
+    SpanContext,
+    SpanKind,
+    Status,
+    StatusCode,
+    TraceFlags,
+    TraceState,
+    set_span_in_context,
+)
+
+from otel_lb_hop import __version__, semconv
+from otel_lb_hop.core.hops import tell
+from otel_lb_hop.core.ids import span_id, tracestate
+from otel_lb_hop.export import records
+from otel_lb_hop.export.delivery import Chunk
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from opentelemetry.sdk.resources import Resource
+
+    from otel_lb_hop.core.hops import Connection, Course
+    from otel_lb_hop.core.layout import RawRecord
+
+RECORD_BYTES = 4_096
+"""About what a log record or a span takes in memory."""
+
+
+class SdkRecords:
+    """Makes log records and spans of connections."""
+
+    def __init__(self, resource: Resource, node_name: str, sampling: records.Sampling) -> None:
+        self.resource = resource
+        self._node_name = node_name
+        self._scope = InstrumentationScope(semconv.SCOPE_NAME, __version__, semconv.SCHEMA_URL)
+        self._sampling = sampling
+
+    def log_record(self, connection: Connection, observed_ns: int) -> ReadableLogRecord:
+        """Make the log record of a connection."""
+        course = connection.course
+        number, word = records.SEVERITY[course.bad]
+        record = LogRecord(
+            timestamp=connection.start_ns,
+            observed_timestamp=observed_ns,
+            context=set_span_in_context(NonRecordingSpan(self._span_context(connection))),
+            severity_text=word,
+            severity_number=SeverityNumber(number),
+            body=records.sentence(connection, self._node_name),
+            attributes=records.log_attributes(course, self._node_name, self._sampling)
+            | records.connection_attributes(connection),
+            event_name=records.event_name(course),
+        )
+        return ReadableLogRecord(record, self.resource, self._scope)
+
+    def span(self, connection: Connection) -> ReadableSpan:
+        """Make the span of a connection: from its first packet to its SYN-ACK, failure or verdict."""
+        course = connection.course
+        events = []
+        if connection.forwarded_at_ns is not None:
+            events.append(Event(semconv.SPAN_EVENT_TRANSLATED, timestamp=connection.forwarded_at_ns))
+        if course.answered:
+            events.append(Event(semconv.SPAN_EVENT_SYN_ACK, timestamp=connection.end_ns))
+        return ReadableSpan(
+            name=records.span_name(course),
+            context=self._span_context(connection),
+            resource=self.resource,
+            attributes=records.course_attributes(course, self._node_name) | records.connection_attributes(connection),
+            events=events,
+            kind=SpanKind.SERVER,
+            status=Status(StatusCode.ERROR, records.what_failed(course)) if course.bad else Status(),
+            start_time=connection.start_ns,
+            end_time=connection.end_ns,
+            instrumentation_scope=self._scope,
+        )
+
+    def _span_context(self, connection: Connection) -> SpanContext:
+        return SpanContext(
+            trace_id=int.from_bytes(connection.trace_id, "big"),
+            span_id=int.from_bytes(span_id(connection.trace_id), "big"),
+            is_remote=False,
+            trace_flags=TraceFlags(records.TRACE_FLAGS),
+            trace_state=self._trace_state(connection.course),
+        )
+
+    def _trace_state(self, course: Course) -> TraceState:
+        return TraceState([("ot", tracestate(self._sampling.of(course)))])
+
+
+class SdkEncoder:
+    """Does for an exporter of the SDK what an encoder of `records` does for OTLP: the chunks hold objects."""
+
+    def __init__(self, signal: str, maker: SdkRecords, sampling: records.Sampling) -> None:
+        self.signal = signal
+        self.encoded = 0
+        self.not_sampled = 0
+        self._maker = maker
+        self._sampling = sampling
+
+    def introduce(self, resource: Resource) -> None:
+        """Name another resource from now on."""
+        self._maker.resource = resource
+
+    def encode(
+        self, batch: Sequence[RawRecord], courses: Sequence[Course | None], offset_ns: int, observed_ns: int
+    ) -> list[Chunk]:
+        """Make one chunk of the records that have a course."""
+        made: list[ReadableLogRecord | ReadableSpan] = []
+        for record, course in zip(batch, courses, strict=True):
+            if course is None:
+                continue
+            if not self._sampling.keeps(course, record[3]):
+                self.not_sampled += 1
+                continue
+            connection = tell(record, course, offset_ns)
+            logs = self.signal == "logs"
+            made.append(self._maker.log_record(connection, observed_ns) if logs else self._maker.span(connection))
+        self.encoded += len(made)
+        return [Chunk(None, made, len(made), len(made) * RECORD_BYTES)] if made else []
