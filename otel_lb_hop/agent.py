@@ -145,8 +145,9 @@ class Agent:
         self._require_a_hook()
         self._make_outlets(sinks)
         self._keep_books(self._tables.snapshot())  # the first report is earlier than the first export
-        # What only the start needed goes back to the system.
+        # What only the start needed goes back to the system; what stays is never again looked through for garbage.
         gc.collect()
+        gc.freeze()
         log.info(
             "counting on %s (%s), %d VIP ports; compiled in %.2f s",
             ", ".join(self._hooks.interfaces), self._hooks.method, self._topology.watched, self._loaded.compile_seconds,

@@ -10,10 +10,13 @@ import struct
 import sys
 from enum import IntEnum
 from functools import lru_cache
-from typing import NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from otel_lb_hop.errors import WireError
 from otel_lb_hop.model import Failure, Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 LAYOUT_VERSION = 3
 
@@ -176,7 +179,22 @@ class Histogram(NamedTuple):
     """`struct lbh_histogram` summed over the CPUs."""
 
     sum_ns: int
-    buckets: tuple[int, ...]
+    words: bytes
+    """The buckets' counters as bytes: thousands of histograms wait for an export, and most buckets are read once."""
+
+    @classmethod
+    def of(cls, sum_ns: int, buckets: Iterable[int]) -> Histogram:
+        """Make one of numbers."""
+        return cls(sum_ns, _words(BUCKETS).pack(*buckets))
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """The buckets' counters."""
+        return _words(BUCKETS).unpack(self.words)
+
+    def plus(self, other: Histogram) -> Histogram:
+        """Add up two of them."""
+        return Histogram(self.sum_ns + other.sum_ns, _sum_rows(self.words + other.words, len(self.words)))
 
     @property
     def observations(self) -> int:
@@ -217,17 +235,18 @@ def unpack_port(port: bytes) -> int:
 
 
 def sum_cpus(raw: bytes, words: int) -> tuple[int, ...]:
-    """Add up the copies of a per-CPU value: `raw` holds a row of `words` 64-bit counters for each CPU.
+    """Add up the copies of a per-CPU value: `raw` holds a row of `words` 64-bit counters for each CPU."""
+    return _words(words).unpack(_sum_rows(raw, words * 8))
 
-    Rows are added as one long integer each, which is exact while no counter of the sum passes 2^64.
-    """
-    row = words * 8
+
+def _sum_rows(raw: bytes, row: int) -> bytes:
+    """Add rows as one long integer each, which is exact while no counter of the sum passes 2^64."""
     if len(raw) % row or not raw:
         raise WireError(f"a per-CPU value has {len(raw)} bytes, which is no multiple of {row}")
     total = 0
     for start in range(0, len(raw), row):
         total += int.from_bytes(raw[start : start + row], sys.byteorder)
-    return _words(words).unpack(total.to_bytes(row, sys.byteorder))
+    return total.to_bytes(row, sys.byteorder)
 
 
 @lru_cache(8)
@@ -243,11 +262,15 @@ def unpack_vip_stats(raw: bytes) -> VipStats:
     return VipStats((words[0], words[1]), (words[2 : 2 + reasons], words[2 + reasons : 2 + 2 * reasons]), words[-1])
 
 
+_HOP_STATS = struct.Struct(f"=7QQ{8 * BUCKETS}sQ{8 * BUCKETS}sQ")
+
+
 def unpack_hop_stats(raw: bytes) -> HopStats:
     """Sum a row of hop_stats over the CPUs."""
-    words = sum_cpus(raw, HOP_STATS_WORDS)
-    internal, external, answered, refused, timeout, reply_unseen, evicted = words[:7]
-    forward, handshake = words[7 : 7 + HISTOGRAM_WORDS], words[7 + HISTOGRAM_WORDS : -1]
+    (
+        internal, external, answered, refused, timeout, reply_unseen, evicted,
+        forward_ns, forward, handshake_ns, handshake, translated,
+    ) = _HOP_STATS.unpack(_sum_rows(raw, _HOP_STATS.size))  # fmt: skip
     # By position: naming the fields would take as long as adding them up.
     return HopStats(
         (internal, external),
@@ -256,9 +279,9 @@ def unpack_hop_stats(raw: bytes) -> HopStats:
         timeout,
         reply_unseen,
         evicted,
-        Histogram(forward[0], forward[1:]),
-        Histogram(handshake[0], handshake[1:]),
-        words[-1],
+        Histogram(forward_ns, forward),
+        Histogram(handshake_ns, handshake),
+        translated,
     )
 
 

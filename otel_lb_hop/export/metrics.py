@@ -10,13 +10,13 @@ from __future__ import annotations
 from enum import Enum
 from functools import lru_cache
 from itertools import chain
-from operator import add
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from otel_lb_hop import semconv
 from otel_lb_hop.core.hops import ORIGIN_OF
 from otel_lb_hop.core.layout import (
     BOUNDS_NS,
+    BUCKETS,
     OUTCOME_OF,
     Event,
     Histogram,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from otel_lb_hop.core.topology import Topology
 
 BOUNDS_S = tuple(bound / 1e9 for bound in BOUNDS_NS)
-NO_HISTOGRAM = Histogram(0, (0,) * (len(BOUNDS_NS) + 1))
+NO_HISTOGRAM = Histogram.of(0, (0,) * BUCKETS)
 NO_CONNECTION = VipStats((0, 0), ((0,) * len(Unforwarded),) * 2, 0)
 NO_HOP = HopStats((0, 0), 0, 0, 0, 0, 0, NO_HISTOGRAM, NO_HISTOGRAM)
 
@@ -364,7 +364,7 @@ def _pending(vips: Mapping[int, VipStats], sums: Mapping[tuple[int, Hop], HopSta
 
 
 def _measured(histogram: Histogram) -> Histogram | None:
-    return histogram if any(histogram.buckets) else None
+    return histogram if histogram.words != NO_HISTOGRAM.words else None
 
 
 def _added(first: HopStats, second: HopStats) -> HopStats:
@@ -375,14 +375,10 @@ def _added(first: HopStats, second: HopStats) -> HopStats:
         first.timeout + second.timeout,
         first.reply_unseen + second.reply_unseen,
         first.evicted + second.evicted,
-        _added_histograms(first.forward, second.forward),
-        _added_histograms(first.handshake, second.handshake),
+        first.forward.plus(second.forward),
+        first.handshake.plus(second.handshake),
         first.translated + second.translated,
     )
-
-
-def _added_histograms(first: Histogram, second: Histogram) -> Histogram:
-    return Histogram(first.sum_ns + second.sum_ns, tuple(map(add, first.buckets, second.buckets)))
 
 
 def _labels(pairs: Attributes) -> Labels:

@@ -7,6 +7,7 @@ of the three: data_points 1, aggregation_temporality 2, is_monotonic 3.
 from __future__ import annotations
 
 import struct
+import sys
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,9 @@ _DOUBLE = struct.Struct("<cQcd")
 _COUNT, _SUM = (wire.tag(field, wire.FIXED64) for field in (4, 5))
 _BUCKETS = wire.tag(6, wire.DELIMITED) + wire.varint(8 * BUCKETS)
 _BOUNDS = wire.delimited(7, struct.pack(f"<{len(BOUNDS_S)}d", *BOUNDS_S))
-_HISTOGRAM = struct.Struct(f"<cQcQcd{len(_BUCKETS)}s{BUCKETS}Q{len(_BOUNDS)}s")
+_LITTLE = sys.byteorder == "little"
+"""Then the kernel's words are what OTLP wants."""
+_HISTOGRAM = struct.Struct(f"<cQcQcd{len(_BUCKETS)}s{8 * BUCKETS}s{len(_BOUNDS)}s")
 
 
 def encode(metrics: Iterable[Metric], envelope: wire.Envelope, now_ns: int) -> list[Chunk]:
@@ -92,9 +95,11 @@ def _points(metric: Metric, now_ns: int) -> Iterator[tuple[bytes, int]]:
         elif isinstance(value, float):
             rest = _DOUBLE.pack(_TIME, now_ns, _AS_DOUBLE, value)
         else:
-            sum_ns, buckets = value
+            words = value.words if _LITTLE else struct.pack(f"<{BUCKETS}Q", *value.buckets)
             first, second = own.histogram, beyond.histogram
-            rest = _HISTOGRAM.pack(_TIME, now_ns, _COUNT, sum(buckets), _SUM, sum_ns / 1e9, _BUCKETS, *buckets, _BOUNDS)
+            rest = _HISTOGRAM.pack(
+                _TIME, now_ns, _COUNT, value.observations, _SUM, value.sum_ns / 1e9, _BUCKETS, words, _BOUNDS
+            )
         point_bytes = len(first) + len(second) + len(start) + len(rest)
         parts += (_head(point_bytes), first, second, start, rest)
         size += point_bytes

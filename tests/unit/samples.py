@@ -11,7 +11,7 @@ from otel_lb_hop.model import Backend, Cluster, Node, Policy, Transport, VipPort
 
 NODE = "node1"
 SECOND = 10**9
-NO_HISTOGRAM = Histogram(0, (0,) * BUCKETS)
+NO_HISTOGRAM = Histogram.of(0, (0,) * BUCKETS)
 CLIENT, VIP, SNAT, POD = (pack_address(text) for text in ("192.0.2.7", "10.0.10.0", "172.18.0.3", "10.100.2.2"))
 
 
@@ -72,7 +72,7 @@ def record(verdict: Verdict = Verdict.ANSWERED, **changes: Any) -> Record:  # no
 
 def histogram(sum_ns: int, **buckets: int) -> Histogram:
     """Make a histogram; buckets are named b0 to b21, the others are empty."""
-    return Histogram(sum_ns, tuple(buckets.get(f"b{index}", 0) for index in range(BUCKETS)))
+    return Histogram.of(sum_ns, (buckets.get(f"b{index}", 0) for index in range(BUCKETS)))
 
 
 def vip_stats(internal: tuple[int, ...] = (), external: tuple[int, ...] = (), retransmits: int = 0) -> VipStats:

@@ -175,7 +175,7 @@ def test_a_loss_between_stages_shows(stages: tuple[Stage, ...], lost: int) -> No
 
 def test_kernel_stage() -> None:
     """Connections are those of the rows, what is without a verdict is in flight, the rest stands in the events."""
-    idle = Histogram(0, (0,) * 22)
+    idle = Histogram.of(0, (0,) * 22)
     vips = [VipStats((1, 20), ((0, 1, 0), (2, 0, 3)), 9), VipStats((0, 7), ((0, 0, 0), (0, 0, 0)), 0)]
     hops = [HopStats((1, 13), 4, 3, 2, 1, 1, idle, idle, 2), HopStats((0, 5), 5, 0, 0, 0, 0, idle, idle)]
     rows = count_rows(vips, hops)

@@ -597,7 +597,7 @@ def test_nothing_to_tell_is_no_chunk() -> None:
 def _random_histogram(random: Random, last: Histogram) -> Histogram:
     buckets = list(last.buckets)
     buckets[random.randrange(BUCKETS)] += random.randrange(3)
-    return Histogram(last.sum_ns + random.randrange(10**6), tuple(buckets))
+    return Histogram.of(last.sum_ns + random.randrange(10**6), buckets)
 
 
 def _grown_hop(random: Random, last: HopStats) -> HopStats:
