@@ -278,6 +278,8 @@ class Agent:
     def _drain(self) -> bool:
         offset_ns = _clock_offset_ns()
         records = self._ring.drain(DRAIN_RECORDS)
+        if not records:
+            return False  # and no shipper is woken
         courses = self._courses.of(records)
         unresolved = courses.count(None)
         self._unresolved += unresolved

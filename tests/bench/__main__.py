@@ -44,6 +44,7 @@ from tests.bench.measure import (
     run_time,
     run_times,
 )
+from tests.bench.metrics import metrics_costs
 from tests.bench.records import record_costs
 from tests.bench.traffic import PORT, VIP, Path3, agents, traffic_path
 from tests.lab.agent import Agent
@@ -228,6 +229,7 @@ def main() -> None:
             for measurement in (packet_costs(), one_agent(path), program_time(path), record_costs(path)):
                 rows += list(_told(console, measurement))
         rows += list(_told(console, connection_rate(folder, arguments.turns)))
+    rows += list(_told(console, metrics_costs()))
     rows += list(_told(console, cluster_costs()))
     rows += list(_told(console, datagram_costs()))  # last: it puts this process on one CPU
     if arguments.json:
