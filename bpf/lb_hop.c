@@ -222,13 +222,15 @@ static __always_inline struct lbh_trace_id trace_id_of(const struct lbh_handshak
 static __always_inline bool within_rate(const struct lbh_settings *config, u64 now, u64 burst_ns)
 {
 	int zero = 0;
-	u64 *due = record_due_ns.lookup(&zero);
+	u64 *due = record_due_ns.lookup(&zero), due_ns;
 
 	if (!due)
 		return false;
-	if (*due < now)
-		*due = now;
-	if (*due - now > burst_ns)
+	/* Read once: what another CPU writes meanwhile must not turn the difference around. */
+	due_ns = *(volatile u64 *)due;
+	if (due_ns < now)
+		*due = due_ns = now;
+	if (due_ns - now > burst_ns)
 		return false;
 	__sync_fetch_and_add(due, config->record_interval_ns);
 	return true;
@@ -277,6 +279,7 @@ static __always_inline void send_record(const struct lbh_handshake *slot, u32 is
 	record->trace_id[0] = __cpu_to_be64(trace.high);
 	record->trace_id[1] = __cpu_to_be64(trace.low);
 	record->client = slot->client;
+	record->retransmits = slot->retransmits;
 	record->client_port = __be16_to_cpu(slot->client_port);
 	if (translated) {
 		record->snat = slot->snat;
@@ -290,8 +293,6 @@ static __always_inline void send_record(const struct lbh_handshake *slot, u32 is
 	record->kind.vip_id = slot->vip_id;
 	record->kind.hop_id = slot->hop_id;
 	record->kind.in_ifindex = slot->in_ifindex;
-	record->kind.out_ifindex = slot->out_ifindex;
-	record->kind.retransmits = slot->retransmits;
 	records.ringbuf_submit(record, BPF_RB_NO_WAKEUP);
 	count_event(LBH_RECORD_SENT);
 }
@@ -552,7 +553,6 @@ static __always_inline void syn_in(struct __sk_buff *skb, const struct lbh_packe
 	slot->vip_port = packet->destination_port;
 	slot->vip_id = slot->hop_id = vip_id;
 	slot->in_ifindex = ifindex;
-	slot->out_ifindex = 0;
 	slot->retransmits = 0;
 	slot->origin = origin;
 	slot->unforwarded = reason_of(vip, origin);
@@ -588,7 +588,6 @@ static __always_inline void syn_out(struct __sk_buff *skb, const struct lbh_pack
 	slot->snat_port = packet->source_port;
 	slot->backend = packet->destination;
 	slot->backend_port = packet->destination_port;
-	slot->out_ifindex = skb->ifindex;
 	origin = slot->origin;
 	took_ns = now - slot->syn_ns;
 	swap_tag(match.tag, filling, with_state(filling, LBH_FORWARDED));

@@ -167,8 +167,7 @@ struct lbh_handshake {
 	u16 snat_port;
 	u16 backend_port;
 	u32 hop_id;
-	u32 out_ifindex;
-	u32 pad[3];
+	u32 pad[4];
 };
 
 struct lbh_tags {
@@ -209,15 +208,13 @@ struct lbh_kind {
 	u32 vip_id;
 	u32 hop_id;
 	u32 in_ifindex;
-	u32 out_ifindex;
-	u16 retransmits;
 	u8 translated; /* 1: where to is known, by a translated SYN or by conntrack */
-	u8 pad;
+	u8 pad[3];
 };
 
 /*
  * One ring record: a connection at its verdict. What is told by conntrack and not by packets has forward_ns 0, end_ns =
- * syn_ns (when it was told), and no interfaces (0), but for in_ifindex of a datagram that found no endpoint.
+ * syn_ns (when it was told), and no interface (0), but for a datagram that found no endpoint.
  */
 struct lbh_record {
 	u64 syn_ns;
@@ -228,8 +225,10 @@ struct lbh_record {
 	struct lbh_address snat; /* with its port zero unless translated */
 	u16 client_port;	 /* these two in host order: they are told as numbers */
 	u16 snat_port;
+	u16 retransmits;
+	u8 pad[2];
 	struct lbh_kind kind;
-	u8 pad[4];
+	u8 pad2[4];
 };
 
 /* uplinks: the interfaces that lead out of the cluster; a SYN that came in by one is external. Ended by a zero. */

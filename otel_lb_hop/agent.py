@@ -79,6 +79,7 @@ SHUTDOWN_SECONDS = 3.5
 METRICS_RESERVE_SECONDS = 1.0
 SETTLED_NS = 10 * 10**9
 """Out of use for so long, a VIP port has no handshake open any more."""
+CLOCK_STEP_NS = 10**9
 VERDICT_AFTER_NS = 5 * 10**9
 """A client that gets no answer sends its SYN again after one second (RFC 6298, 2.1), and at least once more by now."""
 
@@ -107,6 +108,7 @@ class Agent:
         self._resolved = 0
         self._unresolved = 0
         self._abandoned = 0
+        self._offset_ns = _clock_offset_ns()
         self._forgotten = Rows(0, 0)
         self._kernel_stage = kernel_stage(self._forgotten, (0,) * len(Event))
         self._due: dict[str, float] = {}
@@ -119,7 +121,6 @@ class Agent:
         self._write_again = 0.0
         self._source_errors: dict[str, str | None] = {}
         self._size = (0, 0)
-        self._interface_names: dict[int, str] = {}
 
     def start(self) -> None:
         """Read the topology, load the programs, attach them. Raises ConfigError or KernelError."""
@@ -128,14 +129,16 @@ class Agent:
         self._local_api = LocalApi(config.listen, self._health) if config.listen else None
         self._loaded = self._loading.result()
         self._tables = KernelTables(self._loaded)
-        told = any(sinks.by_signal[signal] for signal in ("logs", "traces"))
-        self._record_rate = config.record_rate if told else 0
+        logs, traces = (bool(sinks.by_signal[signal]) for signal in ("logs", "traces"))
+        self._record_rate = config.record_rate if logs or traces else 0
+        # What no signal wants is not sampled by the kernel, so that the rate is left to what is wanted.
+        self._record_ratio = config.record_ratio if logs else min(config.record_ratio, config.span_ratio)
         self._tables.set_settings(self._settings(VERDICT_AFTER_NS))
         self._ring = Ring(self._loaded.records_fd, self._loaded.sizes.ring_pages)
         self._netlink = Netlink()
         self._monitor = Monitor()
         self._hooks = Hooks(self._loaded.programs, self._netlink)
-        self._courses = Courses(self._topology, self._hooks.name_of)
+        self._courses = Courses(self._topology)
         self._places = Places(self._loaded.places)
         self._conntrack: ConntrackSocket | None = None
         while self._follow_cluster():
@@ -175,7 +178,7 @@ class Agent:
     def _settings(self, verdict_after_ns: int) -> Settings:
         return Settings(
             verdict_after_ns=verdict_after_ns,
-            reject_below=ids.rejection_threshold(self._config.record_ratio),
+            reject_below=ids.rejection_threshold(self._record_ratio),
             record_interval_ns=10**9 // self._record_rate if self._record_rate else 0,
             record_burst_ns=10**9,
             own_calls=int(self._config.conntrack == "on"),
@@ -189,8 +192,8 @@ class Agent:
         timeout_seconds = config.metric_export_timeout_ms / 1e3
         self._metrics = [MetricsOutlet(sink, timeout_seconds, resource) for sink in sinks.by_signal["metrics"]]
         sampling = {
-            "logs": Sampling.make(config.record_ratio),
-            "traces": Sampling.make(config.record_ratio, config.span_ratio),
+            "logs": Sampling.make(self._record_ratio),
+            "traces": Sampling.make(self._record_ratio, config.span_ratio),
         }
         self._records = make_record_outlets(sinks, resource, config.node_name, sampling, config.queue_bytes)
         self._own_log = [LinesOutlet(sinks.lines, resource)] if sinks.lines else []
@@ -325,11 +328,13 @@ class Agent:
                 "connections do not add up on %d VIP ports; %d of %s/%s port %d came in and have no outcome",
                 len(wrong), count, row.namespace, row.service, row.port,
             )  # fmt: skip
+        self._check_ledger()
+
+    def _check_ledger(self) -> Ledger:
         ledger = self._ledger()
         for problem in ledger.problems():
             log.error("the ledger does not add up: %s", problem)
-        for account in ledger.accounts():
-            log.info("%s", account)
+        return ledger
 
     def _keep_books(self, snapshot: Snapshot) -> None:
         rows = count_rows(snapshot.vips.values(), snapshot.hops.values())
@@ -350,6 +355,10 @@ class Agent:
         return Ledger(tuple(stages))
 
     def _forget_rows(self, now_ns: int) -> None:
+        offset_ns = _clock_offset_ns()
+        stepped, self._offset_ns = abs(offset_ns - self._offset_ns) > CLOCK_STEP_NS, offset_ns
+        if stepped:
+            return  # nothing is as long out of use as it looks
         hop_rows = dict(self._topology.hops.by_id)
         retired_before_ns = now_ns - KEEP_RETIRED_NS
         for outlet in self._metrics:
@@ -430,9 +439,7 @@ class Agent:
         else:
             uplinks = frozenset(link.index for link in links if config.uplinks.matches(link.name))
         names = {link.index: link.name for link in links}
-        if names != self._interface_names:
-            self._interface_names = names
-            self._courses.forget_all()
+        self._courses.name_interfaces(names)
         too_many = self._tables.set_uplinks(uplinks)
         heard, unserved = self._datagram_needs()
         self._reconcile_conntrack(heard=heard, places=find_places(routes, uplinks, self._loaded.sizes.places))
@@ -510,6 +517,8 @@ class Agent:
             self._health.report(signal, healthy=healthy, vital=False, detail=each)
         ledger = self._ledger()
         defects = ledger.defects()
+        if nowhere := self._tables.events()[Event.NO_ROW]:
+            defects.append(f"{nowhere:,} connections found no row to be counted in")
         self._health.report("ledger", healthy=not defects, vital=False, detail=defects or ledger.as_dict())
 
     def _export_own_log(self) -> None:
@@ -538,6 +547,8 @@ class Agent:
         # Last, so that they tell what became of the last records.
         self._attempt("counters", self._export_metrics)
         self._close([*self._metrics, *self._own_log], deadline)
+        for account in self._check_ledger().accounts():
+            log.info("%s", account)
         self._monitor.close()
         self._netlink.close()
         self._ring.close()

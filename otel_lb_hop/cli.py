@@ -60,7 +60,7 @@ def run(environ: Mapping[str, str]) -> None:
     for name in config.unknown:
         near = closest_setting(name)
         log.warning("%s is no setting%s", name, f"; is {near} meant?" if near else "")
-    for warning in unheeded(environ) if OTLP in config.metrics.exporters else ():
+    for warning in unheeded(environ) if OTLP in config.metrics.exporters and not config.sdk_disabled else ():
         log.warning("%s", warning)
     stop = Stop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -279,7 +279,7 @@ RECORD_RATE: Final = _integer(
 QUEUE_BYTES: Final = _integer(
     PREFIX + "QUEUE_BYTES",
     str(32 << 20),
-    1 << 20,
+    8 << 20,
     1 << 33,
     "Most bytes of log records and spans that wait for a Collector, all together; the newest are kept.",
 )

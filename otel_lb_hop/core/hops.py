@@ -6,17 +6,19 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from otel_lb_hop.core.layout import FAILURE_OF, KIND, OUTCOME_OF, Kind, OriginCode, Unforwarded, Verdict, unpack_port
-from otel_lb_hop.model import Failure, Hop, Origin, Outcome
+from otel_lb_hop.model import Failure, Hop, Origin, Outcome, Transport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Mapping
 
     from otel_lb_hop.core.layout import RawRecord
     from otel_lb_hop.core.topology import HopRow, Topology, VipRow
     from otel_lb_hop.model import Backend
 
-COURSES = 8_192
-"""Most courses that are remembered, of some 2 KiB each with what encoders keep with them."""
+COURSES = 4_096
+"""Most courses that are remembered, of some 3.5 KiB each with what encoders of both signals keep with them."""
+INTERFACES = 4_096
+"""Most interfaces whose names are remembered, also after they have gone: records of them are still under way."""
 
 ORIGIN_OF: dict[int, Origin] = {OriginCode.INTERNAL: Origin.INTERNAL, OriginCode.EXTERNAL: Origin.EXTERNAL}
 _VERDICTS = frozenset(Verdict)
@@ -45,10 +47,13 @@ class Course:
     timed: bool
     """Whether the time of the translation was measured."""
     interface_in: str | None
-    interface_out: str | None
-    retransmits: int
     templates: dict[str, Any] = field(default_factory=dict)
     """What encoders have made of it once; it goes when the course is forgotten."""
+
+    @property
+    def tcp(self) -> bool:
+        """Whether it had a SYN that could be sent again."""
+        return self.vip.transport is Transport.TCP
 
     @property
     def bad(self) -> bool:
@@ -83,41 +88,42 @@ def resolve(kind: bytes, topology: Topology, interface_name: Callable[[int], str
         answered=None if verdict is Verdict.TRANSLATED else verdict is Verdict.ANSWERED,
         timed=backend is not None and verdict is not Verdict.TRANSLATED,
         interface_in=interface_name(what.in_ifindex) if what.in_ifindex else None,
-        interface_out=interface_name(what.out_ifindex) if what.out_ifindex else None,
-        retransmits=what.retransmits,
     )
 
 
 class Courses:
-    """The courses of the kinds seen lately, each resolved once until its VIP port changes in the topology."""
+    """The courses of the kinds seen lately, each resolved once until something changes that it says."""
 
-    def __init__(self, topology: Topology, interface_name: Callable[[int], str | None], limit: int = COURSES) -> None:
+    def __init__(self, topology: Topology, limit: int = COURSES) -> None:
         self._topology = topology
-        self._interface_name = interface_name
         self._limit = limit
-        self._by_kind: dict[bytes, Course | None] = {}
+        self._interfaces: dict[int, str] = {}
+        self._by_kind: dict[bytes, Course] = {}
 
     def of(self, records: Collection[RawRecord]) -> list[Course | None]:
         """Find the course of each record; None where `resolve` knows none, which the caller counts."""
         known = self._by_kind
-        # Eight of nine fields are not looked at: the key is the last.
-        found = [known.get(record[8]) for record in records]
+        found = [known.get(record[-1]) for record in records]
         if None in found:
-            found = [course or self._learn(record[8]) for course, record in zip(found, records, strict=True)]
+            found = [course or self._learn(record[-1]) for course, record in zip(found, records, strict=True)]
         return found
 
     def forget(self, vip_ids: Collection[int]) -> None:
         """Resolve the courses of these VIP ports anew when they come again."""
-        self._by_kind = {kind: each for kind, each in self._by_kind.items() if each and each.vip_id not in vip_ids}
+        self._by_kind = {kind: each for kind, each in self._by_kind.items() if each.vip_id not in vip_ids}
 
-    def forget_all(self) -> None:
-        """Resolve all anew, as when interfaces have other names."""
-        self._by_kind.clear()
+    def name_interfaces(self, names: Mapping[int, str]) -> None:
+        """Take over the names of the interfaces that there are, by index; if one has another name now, all is anew."""
+        if any(self._interfaces.get(index, name) != name for index, name in names.items()):
+            self._by_kind.clear()
+        if len(self._interfaces) > INTERFACES:
+            self._interfaces.clear()
+        self._interfaces |= names
 
     def _learn(self, kind: bytes) -> Course | None:
         course = self._by_kind.get(kind)
         if course is None:
-            course = resolve(kind, self._topology, self._interface_name)
+            course = resolve(kind, self._topology, self._interfaces.get)
             if course:
                 if len(self._by_kind) >= self._limit:
                     del self._by_kind[next(iter(self._by_kind))]
@@ -138,6 +144,7 @@ class Connection(NamedTuple):
     end_ns: int
     client: tuple[bytes, int]
     snat: tuple[bytes, int] | None
+    retransmits: int
 
     @property
     def forward_ns(self) -> int | None:
@@ -152,7 +159,7 @@ class Connection(NamedTuple):
 
 def tell(record: RawRecord, course: Course, offset_ns: int) -> Connection:
     """Put a record and its course together. `offset_ns` is wall time minus monotonic time."""
-    syn_ns, forward_ns, end_ns, trace_id, client, snat, client_port, snat_port, _ = record
+    syn_ns, forward_ns, end_ns, trace_id, client, snat, client_port, snat_port, retransmits, _ = record
     return Connection(
         course=course,
         trace_id=trace_id,
@@ -161,4 +168,5 @@ def tell(record: RawRecord, course: Course, offset_ns: int) -> Connection:
         end_ns=end_ns + offset_ns,
         client=(client, client_port),
         snat=(snat, snat_port) if course.backend else None,
+        retransmits=retransmits,
     )

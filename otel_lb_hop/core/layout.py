@@ -112,9 +112,9 @@ PLACE = struct.Struct("=I")
 """A value of places: `Place`."""
 SETTINGS = struct.Struct("=QQQQQ")
 """`struct lbh_settings`, see `Settings`."""
-KIND = struct.Struct("=16s2sBBIIIIHBx")
+KIND = struct.Struct("=16s2sBBIIIB3x")
 """`struct lbh_kind`, see `Kind`."""
-_RECORD = f"QQQ16s16s16sHH{KIND.size}s4x"
+_RECORD = f"QQQ16s16s16sHHH2x{KIND.size}s4x"
 RECORD = struct.Struct("=" + _RECORD)
 """`struct lbh_record`, see `Record`."""
 MAX_UPLINKS = 64
@@ -149,8 +149,6 @@ class Kind(NamedTuple):
     vip_id: int
     hop_id: int
     in_ifindex: int
-    out_ifindex: int
-    retransmits: int
     translated: int
 
 
@@ -168,10 +166,11 @@ class Record(NamedTuple):
     snat: bytes
     client_port: int
     snat_port: int
+    retransmits: int
     kind: bytes
 
 
-RawRecord: TypeAlias = tuple[int, int, int, bytes, bytes, bytes, int, int, bytes]
+RawRecord: TypeAlias = tuple[int, int, int, bytes, bytes, bytes, int, int, int, bytes]
 """A `Record` without its names, as the ring gives it: they cost more than the decoding."""
 
 

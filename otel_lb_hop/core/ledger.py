@@ -11,7 +11,8 @@ What each stage counts:
   no_verdict, off; in flight = handshakes that have no verdict yet.
 - ring: seen = records that were read, or lie there; exported = those of the right shape; dropped: wrong_size.
 - decode: seen = records read; exported = connections that the topology could name; dropped: unresolved.
-- encode: seen = connections; exported = records offered to the shipper.
+- encode: seen = connections; exported = records offered to the shipper; dropped: not_sampled, failed; of the agent's
+  own log: too_many.
 - queue: seen = items offered; exported = items handed to the sink; dropped: queue_full, too_large, superseded.
 - transport: seen = items handed over; exported = items that the other side took; dropped: rejected_partially,
   refused, failed, and queue_full and superseded for what gave way while it waited to be sent again.
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 METRICS = "metrics"
 """The signal whose items are data points, not records."""
-RECORD_SIGNALS = frozenset({"logs", "traces"})
+RECORD_SIGNALS = ("logs", "traces")
 """What the last of the shared stages passes on goes to each exporter of these."""
 
 MOVING = frozenset({"kernel", "ring"})

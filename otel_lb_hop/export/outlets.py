@@ -5,11 +5,14 @@ What goes out by OTLP is encoded straight to bytes; `console` and plugins get th
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from otel_lb_hop.core.ledger import Stage
+from otel_lb_hop import semconv
+from otel_lb_hop.core.ledger import RECORD_SIGNALS, Stage
 from otel_lb_hop.errors import ConfigError
 from otel_lb_hop.export import otlp_metrics
+from otel_lb_hop.export.backlog import FAILED
 from otel_lb_hop.export.delivery import Chunk
 from otel_lb_hop.export.log_lines import encode_lines
 from otel_lb_hop.export.otlp_settings import OTLP
@@ -32,7 +35,8 @@ if TYPE_CHECKING:
     from otel_lb_hop.export.metrics import Metric
     from otel_lb_hop.export.records import Sampling
 
-RECORD_SIGNALS = ("logs", "traces")
+log = logging.getLogger(__name__)
+
 LINES_SIGNAL = "agent_logs"
 LINES_BYTES = 1 << 20
 
@@ -109,6 +113,7 @@ class RecordOutlet:
         self.encoder = encoder
         self.shipper = Shipper(signal, sink, limit_bytes)
         self._seen = 0
+        self._failed = 0
 
     def introduce(self, resource: Resource) -> None:
         """Name another resource from now on."""
@@ -117,14 +122,21 @@ class RecordOutlet:
     def offer(
         self, records: Sequence[RawRecord], courses: Sequence[Course | None], offset_ns: int, observed_ns: int
     ) -> None:
-        """Encode and queue the records that have a course."""
-        self._seen += len(records) - courses.count(None)
-        self.shipper.offer(self.encoder.encode(records, courses, offset_ns, observed_ns))
+        """Encode and queue records that have a course; what cannot be encoded is counted, and hurts no other way."""
+        items = len(records) - courses.count(None)
+        self._seen += items
+        try:
+            chunks = self.encoder.encode(records, courses, offset_ns, observed_ns)
+        except Exception:
+            self._failed += items
+            log.exception("%s: %d records could not be encoded", self.shipper.signal, items)
+        else:
+            self.shipper.offer(chunks)
 
     def stages(self) -> tuple[Stage, ...]:
         """Give `encode`, `queue` and `transport`."""
         encoder, shipper = self.encoder, self.shipper
-        dropped = {"not_sampled": encoder.not_sampled}
+        dropped = {"not_sampled": encoder.not_sampled, FAILED: self._failed}
         encode = Stage("encode", shipper.signal, shipper.name, self._seen, encoder.encoded, dropped, 0)
         return encode, *shipper.stages()
 
@@ -166,20 +178,20 @@ class LinesOutlet:
 
     def __init__(self, sink: Sink, resource: Resource) -> None:
         self.shipper = Shipper(LINES_SIGNAL, sink, LINES_BYTES)
-        self._resource = resource
+        self.introduce(resource)
         self._encoded = 0
         self._taken = 0
         self._lost = 0
 
     def introduce(self, resource: Resource) -> None:
         """Name another resource from now on."""
-        self._resource = resource
+        self._envelope = make_envelope(resource, semconv.SCOPE_NAME_AGENT)
 
     def offer(self, lines: Sequence[LogLine], lost: int) -> None:
         """Encode and queue lines; `lost` are those, since the start, that were not kept until now."""
         self._taken += len(lines)
         self._lost = lost
-        chunks = encode_lines(lines, self._resource)
+        chunks = encode_lines(lines, self._envelope)
         self._encoded += sum(chunk.items for chunk in chunks)
         self.shipper.offer(chunks)
 

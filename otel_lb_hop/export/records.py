@@ -15,7 +15,7 @@ from otel_lb_hop.export import wire
 from otel_lb_hop.export.attributes import Attributes, vip_attributes
 from otel_lb_hop.export.delivery import Chunk
 from otel_lb_hop.export.resource import make_envelope
-from otel_lb_hop.model import Hop, Outcome, Transport, format_address
+from otel_lb_hop.model import Hop, Outcome, format_address
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 CHUNK_RECORDS = 256
 """Some 200 KiB: what is lost together when a queue is full."""
-ADDRESSES = 16_384
+ADDRESSES = 4_096
 """Most addresses of clients, and of SNAT sources, whose text is remembered."""
 TRACE_FLAGS = 0x03
 """Sampled, and the low 56 bits of the trace id are random (W3C trace context level 2)."""
@@ -93,7 +93,6 @@ def course_attributes(course: Course, node_name: str) -> Attributes:
         semconv.DESTINATION_NAMESPACE: endpoint.pod_namespace if endpoint else None,
         semconv.DESTINATION_ZONE: course.zone,
         semconv.ZONE_CROSSED: course.zone_crossed,
-        semconv.SYN_RETRANSMITS: course.retransmits if course.vip.transport is Transport.TCP else None,
         semconv.NETWORK_INTERFACE_NAME: course.interface_in,
         semconv.ERROR_TYPE: what_failed(course) if course.bad else None,
     }
@@ -111,6 +110,7 @@ def connection_attributes(connection: Connection) -> Attributes:
     known[semconv.CLIENT_PORT] = connection.client[1]
     if connection.snat:
         known[semconv.SOURCE_PORT] = connection.snat[1]
+    known[semconv.SYN_RETRANSMITS] = connection.retransmits if connection.course.tcp else None
     known[semconv.FORWARD_DURATION_S] = _seconds(connection.forward_ns)
     known[semconv.HANDSHAKE_DURATION_S] = _seconds(connection.handshake_ns)
     return {name: value for name, value in known.items() if value is not None}
@@ -169,7 +169,7 @@ def _seconds(ns: int | None) -> float | None:
 
 _DOUBLE = struct.Struct("<d")
 _THREE_BYTES = 1 << 14
-"""From here on a port's varint has three bytes."""
+"""From here on the varint of a 16-bit number has three bytes."""
 _HEADS = [wire.tag(2, wire.DELIMITED) + wire.varint(size) for size in range(4_096)]
 """What stands before a record of so many bytes: field 2 of ScopeLogs and ScopeSpans."""
 
@@ -190,8 +190,8 @@ class _Texts:
         return made
 
 
-class _Ports:
-    """A port as an attribute."""
+class _Numbers:
+    """A 16-bit number as an attribute."""
 
     def __init__(self, field: int, name: str) -> None:
         self._field = field
@@ -199,12 +199,12 @@ class _Ports:
         self._small: dict[int, bytes] = {}
         self._head = wire.attribute(field, name, _THREE_BYTES)[:-3]
 
-    def encode(self, port: int) -> bytes:
-        if port >= _THREE_BYTES:
-            return self._head + bytes((port & 127 | 128, port >> 7 & 127 | 128, port >> 14))
-        if port not in self._small:
-            self._small[port] = wire.attribute(self._field, self._name, port)
-        return self._small[port]
+    def encode(self, number: int) -> bytes:
+        if number >= _THREE_BYTES:
+            return self._head + bytes((number & 127 | 128, number >> 7 & 127 | 128, number >> 14))
+        if number not in self._small:
+            self._small[number] = wire.attribute(self._field, self._name, number)
+        return self._small[number]
 
 
 class _Encoder:
@@ -221,8 +221,9 @@ class _Encoder:
         self._sampling = sampling
         self._clients = _Texts(self.field, semconv.CLIENT_ADDRESS)
         self._sources = _Texts(self.field, semconv.SOURCE_ADDRESS)
-        self._client_port = _Ports(self.field, semconv.CLIENT_PORT).encode
-        self._source_port = _Ports(self.field, semconv.SOURCE_PORT).encode
+        self._client_port = _Numbers(self.field, semconv.CLIENT_PORT).encode
+        self._source_port = _Numbers(self.field, semconv.SOURCE_PORT).encode
+        self._retransmits = _Numbers(self.field, semconv.SYN_RETRANSMITS).encode
         self._forward_head = wire.attribute(self.field, semconv.FORWARD_DURATION_S, 0.0)[:-8]
         self._handshake_head = wire.attribute(self.field, semconv.HANDSHAKE_DURATION_S, 0.0)[:-8]
 
@@ -237,7 +238,7 @@ class _Encoder:
 
         Answers chunks of at most `CHUNK_RECORDS`: repeated log records or spans as field 2 of their scope.
         """
-        courses = self._choose(records, courses)
+        courses, not_sampled = self._choose(records, courses)
         chunks = []
         for start in range(0, len(records), CHUNK_RECORDS):
             stop = start + CHUNK_RECORDS
@@ -247,19 +248,21 @@ class _Encoder:
             body = b"".join([(heads[len(each)] if len(each) < longest else _head(len(each))) + each for each in parts])
             if parts:
                 chunks.append(Chunk(self._envelope, body, len(parts), len(body)))
-                self.encoded += len(parts)
+        self.encoded += sum(chunk.items for chunk in chunks)
+        self.not_sampled += not_sampled
         return chunks
 
-    def _choose(self, records: Sequence[RawRecord], courses: Sequence[Course | None]) -> Sequence[Course | None]:
-        """Leave out what this signal samples more thinly than the kernel did for all."""
+    def _choose(
+        self, records: Sequence[RawRecord], courses: Sequence[Course | None]
+    ) -> tuple[Sequence[Course | None], int]:
+        """Leave out what this signal samples more thinly than the kernel did for all; count it."""
         if self._sampling.threshold <= self._sampling.kernel_threshold:
-            return courses
+            return courses, 0
         chosen = [
             course if course and self._sampling.keeps(course, record[3]) else None
             for record, course in zip(records, courses, strict=True)
         ]
-        self.not_sampled += chosen.count(None) - list(courses).count(None)
-        return chosen
+        return chosen, chosen.count(None) - list(courses).count(None)
 
     def _encode(
         self, records: Sequence[RawRecord], courses: Sequence[Course | None], offset_ns: int, observed_ns: int
@@ -290,7 +293,7 @@ class LogEncoder(_Encoder):
                 wire.attributes(self.field, log_attributes(course, self._node_name, self._sampling)),
             )
         )
-        made = course.templates[self.signal] = head, sentence_tail(course, self._node_name).encode()
+        made = course.templates[self.signal] = head, sentence_tail(course, self._node_name).encode(errors="replace")
         return made
 
     def _encode(
@@ -300,7 +303,7 @@ class LogEncoder(_Encoder):
         clients, sources = self._clients.known, self._sources.known
         forward_head, handshake_head = self._forward_head, self._handshake_head
         out = []
-        for (syn_ns, forward_ns, end_ns, trace_id, client, snat, client_port, snat_port, _), course in zip(
+        for (syn_ns, forward_ns, end_ns, trace_id, client, snat, client_port, snat_port, retransmits, _), course in zip(
             records, courses, strict=True
         ):
             if course is None:
@@ -312,6 +315,7 @@ class LogEncoder(_Encoder):
                 source_port = self._source_port(snat_port)
             else:
                 source_attribute = source_port = b""
+            again = self._retransmits(retransmits) if course.tcp else b""
             forward = forward_head + double((forward_ns - syn_ns) / 1e9) if course.timed else b""
             if course.answered:
                 body = b"%b%d%b%.3f ms" % (before_port, client_port, tail, (end_ns - syn_ns) / 1e6)
@@ -328,6 +332,7 @@ class LogEncoder(_Encoder):
                         source_attribute,
                         self._client_port(client_port),
                         source_port,
+                        again,
                         forward,
                         handshake,
                         fixed(
@@ -387,7 +392,7 @@ class SpanEncoder(_Encoder):
         forward_head, handshake_head = self._forward_head, self._handshake_head
         (translated_head, translated_tail), (syn_ack_head, syn_ack_tail) = self._translated, self._syn_ack
         out = []
-        for (syn_ns, forward_ns, end_ns, trace_id, client, snat, client_port, snat_port, _), course in zip(
+        for (syn_ns, forward_ns, end_ns, trace_id, client, snat, client_port, snat_port, retransmits, _), course in zip(
             records, courses, strict=True
         ):
             if course is None:
@@ -408,6 +413,8 @@ class SpanEncoder(_Encoder):
                 )
             else:
                 parts.append(self._client_port(client_port))
+            if course.tcp:
+                parts.append(self._retransmits(retransmits))
             if course.timed:
                 parts += (
                     forward_head,

@@ -6,7 +6,7 @@ the SDK's own OTLP. Their settings are read by the exporters themselves.
 
 from __future__ import annotations
 
-import sys
+import os
 import threading
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,9 @@ encoder needs many times the memory of what it encodes."""
 _OTLP_ENTRY_POINT = {"grpc": "otlp_proto_grpc", "http/protobuf": "otlp_proto_http"}
 
 
+_STDOUT_FILENO = 1
+
+
 class _Stdout:
     """Standard output for the threads of all signals, one at a time.
 
@@ -35,12 +38,15 @@ class _Stdout:
         self._lock = threading.Lock()
 
     def write(self, text: str) -> int:
+        rest = text.encode(errors="replace")
+        # Past the buffer of sys.stdout: a write that hangs would hold its lock, which the interpreter needs to end.
         with self._lock:
-            return sys.stdout.write(text)
+            while rest:
+                rest = rest[os.write(_STDOUT_FILENO, rest) :]
+        return len(text)
 
     def flush(self) -> None:
-        with self._lock:
-            sys.stdout.flush()
+        """Nothing is buffered."""
 
 
 _STDOUT = _Stdout()

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from otel_lb_hop.core.hops import Connection, Course
     from otel_lb_hop.core.layout import RawRecord
 
-RECORD_BYTES = 4_096
+RECORD_BYTES = 2_560
 """About what a log record or a span takes in memory."""
 
 
@@ -114,16 +114,19 @@ class SdkEncoder:
     def encode(
         self, batch: Sequence[RawRecord], courses: Sequence[Course | None], offset_ns: int, observed_ns: int
     ) -> list[Chunk]:
-        """Make one chunk of the records that have a course."""
+        """Make chunks of the records that have a course."""
+        not_sampled = 0
         made: list[ReadableLogRecord | ReadableSpan] = []
         for record, course in zip(batch, courses, strict=True):
             if course is None:
                 continue
             if not self._sampling.keeps(course, record[3]):
-                self.not_sampled += 1
+                not_sampled += 1
                 continue
             connection = tell(record, course, offset_ns)
             logs = self.signal == "logs"
             made.append(self._maker.log_record(connection, observed_ns) if logs else self._maker.span(connection))
         self.encoded += len(made)
-        return [Chunk(None, made, len(made), len(made) * RECORD_BYTES)] if made else []
+        self.not_sampled += not_sampled
+        parts = [made[start : start + records.CHUNK_RECORDS] for start in range(0, len(made), records.CHUNK_RECORDS)]
+        return [Chunk(None, part, len(part), len(part) * RECORD_BYTES) for part in parts]

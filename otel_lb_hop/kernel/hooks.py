@@ -19,10 +19,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-REMEMBERED_NAMES = 4_096
-"""Names of interfaces that have gone are kept for records still under way, but not for ever."""
-
-
 class Program(NamedTuple):
     """A program and the side of an interface that it is for."""
 
@@ -118,7 +114,6 @@ class Hooks:
             self._datagrams[ethernet] = (Program(datagram, programs[datagram], ingress=True),)
         self._attached: dict[tuple[int, bool], tuple[Link, Attachment]] = {}
         """By interface, and whether it is the program that watches datagrams."""
-        self._names: dict[int, str] = {}
         self.problems: dict[str, str] = {}
 
     @property
@@ -130,10 +125,6 @@ class Hooks:
     def interfaces(self) -> list[str]:
         """The hooked interfaces by name."""
         return sorted(link.name for (_, datagrams), (link, _) in self._attached.items() if not datagrams)
-
-    def name_of(self, ifindex: int) -> str | None:
-        """Name an interface that is or was hooked."""
-        return self._names.get(ifindex)
 
     def reconcile(self, wanted: Iterable[Link], *, datagrams: bool = False) -> None:
         """Attach to what is new, let go of what has gone; a refusal is kept in `problems` and tried again.
@@ -148,10 +139,7 @@ class Hooks:
                 del self._attached[place]
                 self._detach(link, attachment)
         self.problems = {}
-        if len(self._names) > REMEMBERED_NAMES:
-            self._names = {}
         for place, link in by_place.items():
-            self._names[link.index] = link.name
             if place in self._attached:
                 self._attached[place] = (link, self._attached[place][1])
                 continue

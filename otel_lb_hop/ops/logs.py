@@ -47,7 +47,13 @@ class LineKeeper(logging.Handler):
         self._lines: deque[LogLine] = deque(maxlen=KEPT_LINES)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Take over one line."""
+        """Take over one line; one that cannot be written hurts nobody, as with logging's own handlers."""
+        try:
+            self._keep(record)
+        except Exception:  # noqa: BLE001 - whatever a library's arguments raise
+            self.handleError(record)
+
+    def _keep(self, record: logging.LogRecord) -> None:
         exception = None
         if record.exc_info and record.exc_info[0]:
             trace = logging.Formatter().formatException(record.exc_info)

@@ -132,6 +132,7 @@ class Told(NamedTuple):
     snat: bytes
     client_port: int
     snat_port: int
+    retransmits: int
     backend: bytes
     backend_port: bytes
     verdict: int
@@ -139,8 +140,6 @@ class Told(NamedTuple):
     vip_id: int
     hop_id: int
     in_ifindex: int
-    out_ifindex: int
-    retransmits: int
     translated: int
 
 

@@ -58,13 +58,12 @@ def record(verdict: Verdict = Verdict.ANSWERED, **changes: Any) -> Record:  # no
         "vip_id": 1,
         "hop_id": 3,
         "in_ifindex": 2,
-        "out_ifindex": 3,
         "retransmits": 0,
         "translated": 1,
     }
     if verdict >= Verdict.DROPPED:
         values |= {"forward_ns": 0, "snat": bytes(16), "snat_port": 0, "backend": bytes(16), "backend_port": bytes(2)}
-        values |= {"hop_id": 1, "out_ifindex": 0, "translated": 0}
+        values |= {"hop_id": 1, "translated": 0}
     values |= changes
     kind = Kind(**{name: values.pop(name) for name in Kind._fields})
     return Record(**values, kind=KIND.pack(*kind))

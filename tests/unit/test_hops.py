@@ -73,6 +73,7 @@ def test_forwarded() -> None:
         end_ns=OFFSET + 5 * SECOND + 2_000_000,
         client=(CLIENT, 40000),
         snat=(SNAT, 24048),
+        retransmits=0,
     )
     assert asdict(course) == asdict(
         Course(
@@ -90,8 +91,6 @@ def test_forwarded() -> None:
             answered=True,
             timed=True,
             interface_in="eth0",
-            interface_out="veth1",
-            retransmits=0,
         )
     )
     assert (course.vip.namespace, course.vip.service, course.vip.port) == ("default", "web", 80)
@@ -106,17 +105,13 @@ def test_unforwarded() -> None:
         Hop.UNKNOWN, None, None, None,
     )  # fmt: skip
     assert (connection.forwarded_at_ns, connection.forward_ns, connection.handshake_ns) == (None, None, None)
-    assert (connection.course.interface_in, connection.course.interface_out, connection.course.retransmits) == (
-        "eth0",
-        None,
-        2,
-    )
+    assert (connection.course.interface_in, connection.retransmits) == ("eth0", 2)
     assert connection.end_ns - connection.start_ns == 2_000_000
 
 
 def test_answered_without_a_translated_packet() -> None:
     """An answer to a SYN whose translation no hook saw counts as forwarded to a backend that is not known."""
-    connection = told(record(forward_ns=0, hop_id=1, out_ifindex=0, translated=0))
+    connection = told(record(forward_ns=0, hop_id=1, translated=0))
     assert (connection.course.outcome, connection.course.hop) == (Outcome.FORWARDED, Hop.UNKNOWN)
     assert (connection.snat, connection.course.backend, connection.course.endpoint, connection.forward_ns) == (
         None,
@@ -167,8 +162,8 @@ def test_unknown_hop_row(hop_id: int) -> None:
 
 def test_unknown_interfaces() -> None:
     """Interfaces that are gone have no name."""
-    connection = told(record(in_ifindex=77, out_ifindex=78))
-    assert (connection.course.interface_in, connection.course.interface_out) == (None, None)
+    connection = told(record(in_ifindex=77))
+    assert connection.course.interface_in is None
 
 
 def test_internal_origin() -> None:
@@ -189,7 +184,7 @@ def test_times(offset: int) -> None:
 def test_courses_are_resolved_once_until_their_vip_port_changes() -> None:
     """Records of one kind share a course; after a change of its VIP port, and only then, it is made anew."""
     made = topology()
-    courses = Courses(made, INTERFACES.get)
+    courses = Courses(made)
     made.take_touched()
     first, second, other = courses.of([record(), record(syn_ns=1), record(Verdict.REFUSED)])
     assert first is second
@@ -207,14 +202,31 @@ def test_courses_are_resolved_once_until_their_vip_port_changes() -> None:
     assert again is not None
     assert again.endpoint is not None
     assert (again.endpoint.pod, again is first) == ("web-9", False)
-    courses.forget_all()
-    assert courses.of([record()]) != [again]
+
+
+def test_names_of_interfaces() -> None:
+    """Names stay known after an interface has gone; only when a number gets another name are courses made anew."""
+    courses = Courses(topology())
+    assert [course.interface_in for course in courses.of([record()]) if course] == [None]
+    courses.name_interfaces({2: "eth0"})
+    (unnamed,) = courses.of([record()])
+    assert unnamed is not None
+    assert unnamed.interface_in is None
+    courses.name_interfaces({2: "eth0", 3: "veth1"})
+    assert courses.of([record()]) == [unnamed]
+    courses.name_interfaces({2: "lan0"})
+    (named,) = courses.of([record()])
+    assert named is not None
+    assert named.interface_in == "lan0"
+    courses.name_interfaces({3: "veth1"})
+    assert courses.of([record(), record(in_ifindex=2, origin=0)])[0] is named
+    assert [course.interface_in for course in courses.of([record(origin=0)]) if course] == ["lan0"]
 
 
 def test_courses_that_nobody_knows() -> None:
     """A record without a VIP port is None in its place, and is looked for again when it comes again."""
     made = Topology(NODE)
-    courses = Courses(made, INTERFACES.get)
+    courses = Courses(made)
     assert courses.of([record(), record()]) == [None, None]
     made.replace(cluster(vip_port(LOCAL, REMOTE), node1="zone-a"), OFFSET)
     found = courses.of([record(vip_id=99), record()])
@@ -223,10 +235,10 @@ def test_courses_that_nobody_knows() -> None:
 
 def test_courses_are_bounded() -> None:
     """Beyond the limit the oldest is forgotten; nothing else happens to it than to be resolved anew."""
-    courses = Courses(topology(), INTERFACES.get, limit=2)
-    kinds = [record(retransmits=number) for number in range(3)]
+    courses = Courses(topology(), limit=2)
+    kinds = [record(in_ifindex=number) for number in range(3)]
     first = courses.of(kinds)
-    assert [course.retransmits for course in first if course] == [0, 1, 2]
+    assert None not in first
     assert courses.of(kinds[1:]) == first[1:]
     assert courses.of(kinds[:1]) != first[:1]
 

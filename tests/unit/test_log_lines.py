@@ -10,9 +10,10 @@ from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsSer
 from opentelemetry.sdk.resources import Resource
 
 from otel_lb_hop import __version__
-from otel_lb_hop.export.log_lines import LogLine, encode_lines
+from otel_lb_hop.export.log_lines import LONGEST_TEXT, LogLine, encode_lines
+from otel_lb_hop.export.resource import make_envelope
 
-RESOURCE = Resource({"service.name": "x"})
+ENVELOPE = make_envelope(Resource({"service.name": "x"}), "otel_lb_hop.agent")
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,7 @@ RESOURCE = Resource({"service.name": "x"})
 def test_line(level: int, severity: tuple[int, str]) -> None:
     """A line has its time, severity, text and place, in a scope of the agent's own."""
     line = LogLine(1_700_000_000_000_000_001, level, "otel_lb_hop.agent.run", "counting on eth0 \u2713", None)
-    (chunk,) = encode_lines([line], RESOURCE)
+    (chunk,) = encode_lines([line], ENVELOPE)
     assert (chunk.items, chunk.size_bytes) == (1, len(chunk.payload))
     (resource,) = ExportLogsServiceRequest.FromString(chunk.group.wrap([chunk.payload])).resource_logs
     (scope,) = resource.scope_logs
@@ -48,7 +49,7 @@ def test_line(level: int, severity: tuple[int, str]) -> None:
 def test_exception() -> None:
     """An exception is told by the attributes of the semantic conventions."""
     line = LogLine(1, logging.ERROR, "f", "counters", ("KeyError", "'row'", "Traceback ..."))
-    (chunk,) = encode_lines([line, line], RESOURCE)
+    (chunk,) = encode_lines([line, line], ENVELOPE)
     request = ExportLogsServiceRequest.FromString(chunk.group.wrap([chunk.payload]))
     first, second = request.resource_logs[0].scope_logs[0].log_records
     assert first == second
@@ -62,4 +63,18 @@ def test_exception() -> None:
 
 def test_no_line() -> None:
     """Nothing to tell is no chunk."""
-    assert encode_lines([], RESOURCE) == []
+    assert encode_lines([], ENVELOPE) == []
+
+
+def test_long_line() -> None:
+    """A line or a trace of any length takes no more room than others."""
+    line = LogLine(1, logging.ERROR, "f", "x" * 10**6, ("E", "m", "y" * 10**6))
+    (chunk,) = encode_lines([line], ENVELOPE)
+    (log,) = (
+        ExportLogsServiceRequest.FromString(chunk.group.wrap([chunk.payload]))
+        .resource_logs[0]
+        .scope_logs[0]
+        .log_records
+    )
+    assert log.body.string_value == "x" * LONGEST_TEXT
+    assert chunk.size_bytes < 40_000

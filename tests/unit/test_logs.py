@@ -150,3 +150,14 @@ def test_lines_that_nobody_takes() -> None:
         kept.handle(logging.LogRecord("x", logging.INFO, __file__, 1, "line %d", (number,), None, "f"))
     lines = kept.take()
     assert (len(lines), lines[0].text, kept.lost) == (KEPT_LINES, "line 23", 23)
+
+
+def test_a_line_that_cannot_be_written(root: logging.Logger, capsys: pytest.CaptureFixture[str]) -> None:
+    """A library's wrong arguments are a note on stderr; whoever logs goes on, and so does the log."""
+    kept = set_up_logging("info")
+    logger = logging.getLogger("somebody.else")
+    logger.warning("%d items", "three")
+    logger.warning("and on")
+    assert [line.text for line in kept.take()] == ["and on"]
+    assert "--- Logging error ---" in capsys.readouterr().err
+    assert root.handlers

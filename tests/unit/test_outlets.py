@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 RESOURCE = Resource({"service.name": "x"})
 ALL = Sampling.make(1.0)
 PATIENCE_SECONDS = 10.0
-INTERFACES: dict[int, str] = {}
 
 
 class KeepingSink:
@@ -127,7 +126,7 @@ def test_records_by_both_ways() -> None:
     topology = Topology(NODE)
     topology.replace(cluster(vip_port(LOCAL, REMOTE), node1="zone-a"), 1)
     records: list[RawRecord] = [record(), record(vip_id=99), record(Verdict.REFUSED)]
-    courses = Courses(topology, INTERFACES.get).of(records)
+    courses = Courses(topology).of(records)
     logs, spans, console = KeepingSink(), KeepingSink(), KeepingSink("console")
     ways = outlets(("logs", logs), ("logs", console), ("traces", spans), sampling=Sampling.make(1.0, 0.0))
     for way in ways:
@@ -148,13 +147,44 @@ def test_records_by_both_ways() -> None:
         way.shipper.close(time.monotonic() + 1)
 
 
+def test_what_cannot_be_encoded() -> None:
+    """A way whose encoder fails counts what it was given, and the others get theirs."""
+
+    class BrokenEncoder:
+        encoded = not_sampled = 0
+
+        def introduce(self, resource: Resource) -> None:
+            del resource
+
+        def encode(self, *_: object) -> list[Chunk]:
+            raise ValueError("a name that nobody thought of")
+
+    topology = Topology(NODE)
+    topology.replace(cluster(vip_port(LOCAL, REMOTE)), 1)
+    records: list[RawRecord] = [record(), record(vip_id=99), record()]
+    way = RecordOutlet("logs", KeepingSink(), 1 << 20, BrokenEncoder())
+    way.offer(records, Courses(topology).of(records), 0, 1)
+    stages = way.stages()
+    assert (stages[0].seen, stages[0].exported, stages[0].losses) == (2, 0, {"failed": 2})
+    assert Ledger(stages).problems() == []
+    way.shipper.close(time.monotonic() + 1)
+
+
+def test_the_queue_is_shared() -> None:
+    """All ways of records together hold no more than the settings allow."""
+    ways = outlets(("logs", KeepingSink()), ("logs", KeepingSink("console")), ("traces", KeepingSink()))
+    assert [way.shipper._backlog._limit_bytes for way in ways] == [1 << 20] * 3
+    for way in ways:
+        way.shipper.close(time.monotonic() + 1)
+
+
 def test_a_new_resource() -> None:
     """What is encoded after the resource has changed goes in an envelope of its own."""
     topology = Topology(NODE)
     topology.replace(cluster(vip_port(LOCAL, REMOTE)), 1)
     sink = KeepingSink()
     (way,) = outlets(("logs", sink))
-    courses = Courses(topology, INTERFACES.get).of([record()])
+    courses = Courses(topology).of([record()])
     way.offer([record()], courses, 0, 1)
     way.introduce(Resource({"service.name": "y"}))
     way.offer([record()], courses, 0, 1)

@@ -123,22 +123,22 @@ def test_bad_setting_of_an_exporter(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "brotli9" in problem.accepted
 
 
-def test_console_records(make: Maker, capsys: pytest.CaptureFixture[str]) -> None:
+def test_console_records(make: Maker, capfd: pytest.CaptureFixture[str]) -> None:
     """All records of all chunks are printed, in order."""
     spans = [ReadableSpan(name) for name in ("first", "second", "third")]
     sink = make("traces", "console")
     assert sink.send([Chunk(None, spans[:2], 2, 100), Chunk(None, spans[2:], 1, 50)]) == Reply(taken=True)
-    printed = capsys.readouterr().out
+    printed = capfd.readouterr().out
     assert [name for name in printed.split('"') if name in {"first", "second", "third"}] == ["first", "second", "third"]
 
 
-def test_console_metrics(make: Maker, capsys: pytest.CaptureFixture[str]) -> None:
+def test_console_metrics(make: Maker, capfd: pytest.CaptureFixture[str]) -> None:
     """A snapshot is printed as one."""
     gauge = Metric("answer", "", "1", Gauge([NumberDataPoint({}, 0, 1, 42)]))
     scope = ScopeMetrics(InstrumentationScope("test"), [gauge], "")
     snapshot = MetricsData([ResourceMetrics(Resource({}), [scope], "")])
     assert make("metrics", "console").send([Chunk(None, snapshot, 1, 100)], 5.0) == Reply(taken=True)
-    printed = capsys.readouterr().out
+    printed = capfd.readouterr().out
     assert '"name": "answer"' in printed
     assert '"value": 42' in printed
 
