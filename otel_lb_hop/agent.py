@@ -32,7 +32,7 @@ from otel_lb_hop.core.topology import KEEP_RETIRED_NS, LINGER_NS, Topology
 from otel_lb_hop.errors import ConfigError, KernelError
 from otel_lb_hop.export.metrics import Metric, MetricsBuilder, SelfReport
 from otel_lb_hop.export.outlets import LinesOutlet, MetricsOutlet, make_record_outlets, make_sinks
-from otel_lb_hop.export.records import Sampling
+from otel_lb_hop.export.record_content import Sampling
 from otel_lb_hop.export.resource import Identity, make_resource
 from otel_lb_hop.kernel.bpf import run_program
 from otel_lb_hop.kernel.conntrack import ConntrackSocket, Places, events_problem

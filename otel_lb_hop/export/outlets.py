@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from otel_lb_hop.export.delivery import Sink
     from otel_lb_hop.export.log_lines import LogLine
     from otel_lb_hop.export.metrics import Metric
-    from otel_lb_hop.export.records import Sampling
+    from otel_lb_hop.export.record_content import Sampling
 
 log = logging.getLogger(__name__)
 

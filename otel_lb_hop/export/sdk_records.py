@@ -22,7 +22,7 @@ from opentelemetry.trace import (
 from otel_lb_hop import __version__, semconv
 from otel_lb_hop.core.hops import tell
 from otel_lb_hop.core.ids import span_id, tracestate
-from otel_lb_hop.export import records
+from otel_lb_hop.export import record_content
 from otel_lb_hop.export.delivery import Chunk
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ RECORD_BYTES = 2_560
 class SdkRecords:
     """Makes log records and spans of connections."""
 
-    def __init__(self, resource: Resource, node_name: str, sampling: records.Sampling) -> None:
+    def __init__(self, resource: Resource, node_name: str, sampling: record_content.Sampling) -> None:
         self.resource = resource
         self._node_name = node_name
         self._scope = InstrumentationScope(semconv.SCOPE_NAME, __version__, semconv.SCHEMA_URL)
@@ -49,17 +49,17 @@ class SdkRecords:
     def log_record(self, connection: Connection, observed_ns: int) -> ReadableLogRecord:
         """Make the log record of a connection."""
         course = connection.course
-        number, word = records.SEVERITY[course.bad]
+        number, word = record_content.SEVERITY[course.bad]
         record = LogRecord(
             timestamp=connection.start_ns,
             observed_timestamp=observed_ns,
             context=set_span_in_context(NonRecordingSpan(self._span_context(connection))),
             severity_text=word,
             severity_number=SeverityNumber(number),
-            body=records.sentence(connection, self._node_name),
-            attributes=records.log_attributes(course, self._node_name, self._sampling)
-            | records.connection_attributes(connection),
-            event_name=records.event_name(course),
+            body=record_content.sentence(connection, self._node_name),
+            attributes=record_content.log_attributes(course, self._node_name, self._sampling)
+            | record_content.connection_attributes(connection),
+            event_name=record_content.event_name(course),
         )
         return ReadableLogRecord(record, self.resource, self._scope)
 
@@ -72,13 +72,14 @@ class SdkRecords:
         if course.answered:
             events.append(Event(semconv.SPAN_EVENT_SYN_ACK, timestamp=connection.end_ns))
         return ReadableSpan(
-            name=records.span_name(course),
+            name=record_content.span_name(course),
             context=self._span_context(connection),
             resource=self.resource,
-            attributes=records.course_attributes(course, self._node_name) | records.connection_attributes(connection),
+            attributes=record_content.course_attributes(course, self._node_name)
+            | record_content.connection_attributes(connection),
             events=events,
             kind=SpanKind.SERVER,
-            status=Status(StatusCode.ERROR, records.what_failed(course)) if course.bad else Status(),
+            status=Status(StatusCode.ERROR, record_content.what_failed(course)) if course.bad else Status(),
             start_time=connection.start_ns,
             end_time=connection.end_ns,
             instrumentation_scope=self._scope,
@@ -89,7 +90,7 @@ class SdkRecords:
             trace_id=int.from_bytes(connection.trace_id, "big"),
             span_id=int.from_bytes(span_id(connection.trace_id), "big"),
             is_remote=False,
-            trace_flags=TraceFlags(records.TRACE_FLAGS),
+            trace_flags=TraceFlags(record_content.TRACE_FLAGS),
             trace_state=self._trace_state(connection.course),
         )
 
@@ -100,7 +101,7 @@ class SdkRecords:
 class SdkEncoder:
     """Does for an exporter of the SDK what an encoder of `records` does for OTLP: the chunks hold objects."""
 
-    def __init__(self, signal: str, maker: SdkRecords, sampling: records.Sampling) -> None:
+    def __init__(self, signal: str, maker: SdkRecords, sampling: record_content.Sampling) -> None:
         self.signal = signal
         self.encoded = 0
         self.not_sampled = 0
@@ -128,5 +129,8 @@ class SdkEncoder:
             made.append(self._maker.log_record(connection, observed_ns) if logs else self._maker.span(connection))
         self.encoded += len(made)
         self.not_sampled += not_sampled
-        parts = [made[start : start + records.CHUNK_RECORDS] for start in range(0, len(made), records.CHUNK_RECORDS)]
+        parts = [
+            made[start : start + record_content.CHUNK_RECORDS]
+            for start in range(0, len(made), record_content.CHUNK_RECORDS)
+        ]
         return [Chunk(None, part, len(part), len(part) * RECORD_BYTES) for part in parts]

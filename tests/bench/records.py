@@ -13,7 +13,8 @@ from opentelemetry.sdk.resources import Resource  # noqa: TID251 - as the agent'
 
 from otel_lb_hop.core.hops import Courses
 from otel_lb_hop.core.layout import Settings, walk_ring
-from otel_lb_hop.export.records import LogEncoder, Sampling
+from otel_lb_hop.export.record_content import Sampling
+from otel_lb_hop.export.records import LogEncoder
 from otel_lb_hop.export.sdk import make_sdk_sink
 from otel_lb_hop.export.sdk_records import SdkEncoder, SdkRecords
 from otel_lb_hop.export.shipper import Shipper

@@ -27,7 +27,7 @@ from otel_lb_hop.export.outlets import (
     make_record_outlets,
     make_sinks,
 )
-from otel_lb_hop.export.records import Sampling
+from otel_lb_hop.export.record_content import Sampling
 from tests.unit.samples import LOCAL, NODE, REMOTE, cluster, record, vip_port
 
 if TYPE_CHECKING:

@@ -26,7 +26,8 @@ from otel_lb_hop.core.hops import Courses, resolve, tell
 from otel_lb_hop.core.ids import tracestate
 from otel_lb_hop.core.layout import KIND, Kind, Record, Verdict
 from otel_lb_hop.core.topology import Topology
-from otel_lb_hop.export.records import CHUNK_RECORDS, LogEncoder, Sampling, SpanEncoder
+from otel_lb_hop.export.record_content import CHUNK_RECORDS, Sampling
+from otel_lb_hop.export.records import LogEncoder, SpanEncoder
 from otel_lb_hop.export.sdk_records import SdkEncoder, SdkRecords
 from otel_lb_hop.model import Policy, Transport, pack_address
 from tests.unit.samples import LOCAL, NODE, REMOTE, SECOND, backend, cluster, record, vip_port
