@@ -1,4 +1,4 @@
-"""Where telemetry goes when it does not all go to a Collector: the console, nowhere, or a share of it."""
+"""Where telemetry goes when it does not all go to a Collector: the console, or nowhere."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ import pytest
 from tests.e2e import truth
 from tests.e2e.collector import Collector
 from tests.e2e.conftest import TARGET_PORT
-from tests.lab.agent import Agent, agents_on
+from tests.lab.agent import Account, Agent, agents_on
 from tests.lab.requirements import needs_lab
 from tests.lab.waiting import wait_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from tests.lab import Lab
 
 pytestmark = [pytest.mark.root, needs_lab]
@@ -32,10 +30,9 @@ def service(lab: Lab) -> None:
     lab.apply([backends], announce={VIP: lab.nodes[:1]})
 
 
-def dropped_is(reason: str, good: Callable[[float], bool], collector: Collector) -> bool:
-    """Whether the latest count of records dropped for a reason is good."""
-    series = collector.series("lb_hop.records.dropped")
-    return any(good(each.value) for each in series if each.attributes["reason"] == reason)
+def dropped(collector: Collector) -> dict[str, float]:
+    """Tell the latest counts of records that were dropped, by reason."""
+    return {each.attributes["reason"]: each.value for each in collector.series("lb_hop.records.dropped") if each.value}
 
 
 def received(collector: Collector, count: int) -> bool:
@@ -61,6 +58,8 @@ def test_console(lab: Lab) -> None:
     assert printed.count('"name": "lb_hop default/web"') == SENT
     for client in clients:
         assert printed.count(f'"client.port": {client},') == 2
+    for name in ("logs", "traces"):
+        assert agent.accounts()[f"transport of {name} to console"] == Account(SENT, SENT, {}, 0)
 
 
 @pytest.mark.collector
@@ -70,31 +69,17 @@ def test_disabled(lab: Lab) -> None:
         settings = collector.settings() | {"OTEL_SDK_DISABLED": "true"}
         with agents_on(lab.nodes[:1], lab.vips_path, settings) as (agent,):
             lab.connect(VIP, 80, SENT)
+            wait_for("the first report", lambda: agent.part("ledger"))
             state = agent.readyz()
             assert (state.status, state.content["degraded"]) == (200, [])
             assert state.content["parts"].keys() == {"conntrack", "interfaces", "ledger", "topology", "vips_file"}
+            agent.stop()
+            assert agent.accounts() == {
+                "kernel": Account(SENT, 0, {"off": SENT}, 0),
+                "ring": Account(0, 0, {}, 0),
+                "decode": Account(0, 0, {}, 0),
+            }
     assert (collector.logs(), collector.spans(), collector.series()) == ([], [], [])
-
-
-@pytest.mark.collector
-def test_ratio(lab: Lab) -> None:
-    """Half the connections are sampled: whole ones, by their trace id, and the others are counted; metrics have all."""
-    sent = 10 * SENT
-    with Collector(lab) as collector:
-        settings = collector.settings() | {"OTEL_LB_HOP_RECORD_RATIO": "0.5"}
-        with agents_on(lab.nodes[:1], lab.vips_path, settings):
-            lab.connect(VIP, 80, sent)
-            collector.wait_for_series("lb_hop.connections", lambda found: sum(s.value for s in found) == sent)
-            wait_for(
-                "every connection sent or counted as not sampled",
-                lambda: dropped_is("ratio", lambda lost: lost + len(collector.logs()) == sent, collector),
-            )
-    logs, spans = collector.logs(), collector.spans()
-    assert 0.3 * sent < len(logs) < 0.7 * sent
-    assert {record.trace_id for record in logs} == {span.trace_id for span in spans}
-    assert {span.trace_state for span in spans} == {"ot=th:8"}
-    # W3C trace context level 2: kept if the low 56 bits reach the threshold 0x80000000000000.
-    assert min(int(span.trace_id[-14:], 16) for span in spans) >= 0x80000000000000
 
 
 @pytest.mark.collector
@@ -106,9 +91,11 @@ def test_no_records(lab: Lab, setting: str, reason: str) -> None:
         with agents_on(lab.nodes[:1], lab.vips_path, settings) as (agent,):
             lab.connect(VIP, 80, SENT)
             collector.wait_for_series("lb_hop.connections", lambda found: sum(s.value for s in found) == SENT)
-            wait_for("the loss", lambda: dropped_is(reason, lambda lost: lost == SENT, collector))
+            wait_for("the loss", lambda: dropped(collector) == {reason: SENT})
+            wait_for("the first report", lambda: agent.shipped("logs"))
             assert "traces" not in agent.readyz().content["parts"]
     assert (collector.logs(), collector.spans()) == ([], [])
+    assert agent.accounts()["kernel"] == Account(SENT, 0, {reason: SENT}, 0)
 
 
 @pytest.mark.collector
@@ -116,10 +103,11 @@ def test_two_agents_after_each_other(lab: Lab) -> None:
     """A restart begins a new series with a new start time, from the same service instance."""
     with Collector(lab) as collector:
         for expected in (SENT, 2 * SENT):
-            with agents_on(lab.nodes[:1], lab.vips_path, collector.settings()):
+            with agents_on(lab.nodes[:1], lab.vips_path, collector.settings()) as (agent,):
                 clients = [(r.client_address, r.client_port) for r in lab.connect(VIP, 80, SENT)]
                 wait_for("log records", partial(received, collector, expected))
             assert sorted(truth.clients_of(collector.logs()[-SENT:])) == sorted(clients)
+            assert agent.accounts()["kernel"] == Account(SENT, SENT, {}, 0)
     series = collector.series("lb_hop.connections")
     starts = sorted({point.start_ns for each in series for point in each.points})
     assert len(starts) == 2

@@ -172,10 +172,11 @@ class Agent:
         wait_for("the end of its BPF programs", lambda: not programs.still_loaded(self.programs), 5)
         assert "Traceback" not in self.stderr, self.stderr
         # For each VIP port: connections = forwarded + not forwarded, once every verdict is given; and for each stage
-        # that records pass: seen = exported + dropped + in flight, and what one exported the next has seen.
+        # that records pass: seen = exported + dropped, nothing is in flight, and what one exported the next has seen.
         assert "not add up" not in self.stderr, self.stderr
         for name, account in self.accounts().items():
-            assert account.seen == account.exported + sum(account.dropped.values()) + account.in_flight, name
+            assert account.seen == account.exported + sum(account.dropped.values()), name
+            assert account.in_flight == 0, name
         assert not self.programs or "kernel" in self.accounts(), self.stderr
         return seconds
 
