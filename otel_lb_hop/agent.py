@@ -60,8 +60,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TICK_SECONDS = 0.25
-SWEEP_TICKS = 8
+TICK_SECONDS = 0.5
+"""The ring holds three seconds of records."""
+SWEEP_TICKS = 4
 """The handshake table is swept in this many parts, one a tick: each slot is looked at every two seconds."""
 TOPOLOGY_SECONDS = 1.0
 """Without news: what lingers is forgotten, what was refused is tried again, what is waited for is given up."""
@@ -224,11 +225,12 @@ class Agent:
     def run(self) -> None:
         """Work until told to stop, then send what is left within `SHUTDOWN_SECONDS`."""
         wait_seconds = 0.0
+        rest_seconds = min(TICK_SECONDS, self._config.metric_export_interval_ms / 1e3)
         while not self._stop.wait(wait_seconds):
             more = self._tick(time.monotonic())
             if self._stop.woken:
                 time.sleep(NEWS_SECONDS)
-            wait_seconds = 0.0 if more else TICK_SECONDS
+            wait_seconds = 0.0 if more else rest_seconds
         self._shut_down()
 
     def _tick(self, now: float) -> bool:
