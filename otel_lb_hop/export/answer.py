@@ -79,19 +79,32 @@ def retry_info_seconds(body: bytes) -> float | None:
     return seconds + nanos / 1e9
 
 
-def retry_after_seconds(value: str | None, now_seconds: float) -> float | None:
-    """Read Retry-After, seconds or an HTTP date (RFC 9110 10.2.3), at `now_seconds` of the epoch; None if neither."""
+def retry_after_seconds(value: str | None, date: str | None, now_seconds: float) -> float | None:
+    """Read Retry-After, seconds or an HTTP date (RFC 9110 10.2.3); None if neither.
+
+    A date is counted from the answer's own `date`, so that clocks need not agree; without one from `now_seconds` of the
+    epoch.
+    """
     if not value:
         return None
     try:
         seconds = float(value)
     except ValueError:
-        try:
-            moment = parsedate_to_datetime(value)
-            seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() - now_seconds
-        except (ValueError, OverflowError):
+        moment = _moment_seconds(value)
+        if moment is None:
             return None
+        sent = _moment_seconds(date or "")
+        seconds = moment - (now_seconds if sent is None else sent)
     return max(0.0, seconds) if math.isfinite(seconds) else None
+
+
+def _moment_seconds(date: str) -> float | None:
+    """Read an HTTP date as seconds of the epoch."""
+    try:
+        moment = parsedate_to_datetime(date)
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
+        return None
 
 
 def _delimited(body: bytes, wanted: int) -> list[bytes]:

@@ -6,7 +6,7 @@ Reasons of loss, in the words of the ledger:
 - `too_large`: a single chunk larger than the whole bound.
 - `superseded`: metrics; a newer snapshot says all that this one would have.
 - `rejected_partially`: the request was taken, but the other side did not keep these (OTLP partial success).
-- `refused`: the other side answered that it will never take them.
+- `refused`: the other side answered that it will never take them, or not even a single chunk of that size.
 - `failed`: an exporter of the SDK or of a plugin gave up or raised.
 - `shutdown`: the agent ended before they were sent, or before the answer came.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter, deque
+from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 from otel_lb_hop.core.ledger import Stage
@@ -35,6 +36,8 @@ SHUTDOWN = "shutdown"
 FIRST_BACK_OFF_SECONDS = 0.2
 LONGEST_BACK_OFF_SECONDS = 2.0
 """With 2 s for a connect and a second for a busy machine: exporting again 5 s after the other side is back."""
+PATIENT_FAILURES = 3
+"""So many in a row, and what came later no longer waits for what does not get through."""
 LONGEST_RETRY_AFTER_SECONDS = 300.0
 """A server that is overloaded may well ask for minutes; one whose clock or proxy is wrong may not ask for days."""
 
@@ -51,6 +54,14 @@ class Books(NamedTuple):
     queued: int
     sending: int
     """On the way, or waiting to be sent again."""
+
+
+class Settled(Enum):
+    """What a reply means for the chunks that were sent."""
+
+    DONE = "booked for good"
+    LATER = "kept for another attempt"
+    SMALLER = "kept, to go in smaller requests"
 
 
 class Backoff:
@@ -158,21 +169,24 @@ class Store(ABC):
     def urgent(self) -> bool:
         """Whether waiting for more would not make the next request any better."""
 
+    @property
+    def stuck(self) -> bool:
+        """Whether something does not get through, although what came later may."""
+        return False
+
     @abstractmethod
     def take(self) -> list[Chunk]:
         """Take the next request, the oldest first; it is to be settled before the next is taken."""
 
-    def settle(self, reply: Reply) -> bool:
-        """Book the answer to what was taken last; answers whether it waits for another attempt.
-
-        After `abandon` nothing is left to book.
-        """
+    def settle(self, reply: Reply) -> Settled:
+        """Book the answer to what was taken last. After `abandon` nothing is left to book."""
         sent, self._sending = self._sending, _Pile()
         if not sent:
-            return False
-        if reply.retry and not reply.taken:
+            return Settled.DONE
+        smaller = reply.too_large and len(sent.entries) > 1
+        if not reply.taken and (reply.retry or smaller):
             self._put_back(sent)
-            return True
+            return Settled.SMALLER if smaller else Settled.LATER
         lost = min(max(0, reply.rejected), sent.items) if reply.taken else sent.items
         reason = REJECTED if reply.taken else reply.reason
         self._exported += sent.items - lost
@@ -183,7 +197,7 @@ class Store(ABC):
         if lost:
             self._transport_lost[reason] += lost
             self._note_loss(sent.entries[0][0], sent.entries[-1][0])
-        return False
+        return Settled.DONE
 
     def abandon(self) -> None:
         """Give up all that is here. A request on its way may arrive or not: it is not known to have."""
@@ -303,17 +317,32 @@ class Store(ABC):
 
 
 class Backlog(Store):
-    """Records: never more than `limit_bytes`, with what is being sent; the newest are kept, and their order."""
+    """Records: never more than `limit_bytes`, with what is being sent; the newest are kept, and their order.
+
+    A request is at most `request_bytes`, or one chunk. After a failure half of it is tried, after a success twice as
+    much: a slow link or a weak server gets what it can take within one time-out. What the other side calls too large
+    is never tried again in that size. What does not get through holds up only itself: from the third failure in a row
+    every other attempt is for what has not been tried yet.
+    """
 
     def __init__(self, limit_bytes: int, request_bytes: int) -> None:
         super().__init__()
         self._limit_bytes = limit_bytes
         self._request_bytes = request_bytes
+        # Apart, so that a chunk that is never taken does not make all other requests small.
+        self._fresh_bytes = self._again_bytes = request_bytes
+        self._failures = 0
+        self._from_again = False
 
     @property
     def urgent(self) -> bool:
         """Whether there is a whole request, or one to be sent again."""
-        return bool(self._again) or self._fresh.size_bytes >= self._request_bytes
+        return bool(self._again) or self._fresh.size_bytes >= min(self._fresh_bytes, self._request_bytes)
+
+    @property
+    def stuck(self) -> bool:
+        """Whether something does not get through, although what came later may."""
+        return self._failures > 0
 
     def offer(self, chunks: Iterable[Chunk]) -> None:
         """Take chunks in; where they do not fit, the oldest that are not on their way give way."""
@@ -333,19 +362,53 @@ class Backlog(Store):
                 self._drop(self._fresh, self._queue_lost, QUEUE_FULL)
 
     def take(self) -> list[Chunk]:
-        """Take the oldest chunk, and what follows of its group while it fits in one request."""
+        """Take the oldest chunk, and what follows of its group while it fits in one request.
+
+        What is sent again goes without what was never sent.
+        """
+        aside = self._failures >= PATIENT_FAILURES and self._from_again and self._fresh
+        self._from_again = bool(self._again) and not aside
+        pile = self._again if self._from_again else self._fresh
+        fit_bytes = min(self._request_bytes, self._again_bytes if self._from_again else self._fresh_bytes)
         request: list[Chunk] = []
-        while pile := self._again or self._fresh:
+        while pile:
             _, chunk = pile.entries[0]
-            too_much = self._sending.size_bytes + chunk.size_bytes > self._request_bytes
+            too_much = self._sending.size_bytes + chunk.size_bytes > fit_bytes
             if request and (too_much or chunk.group != request[0].group):
                 break
             request.append(self._hand_over(pile))
         return request
 
+    def settle(self, reply: Reply) -> Settled:
+        """Book the answer to what was taken last, and learn from it how much to try next."""
+        size_bytes, alone = self._sending.size_bytes, not self._again
+        settled = super().settle(reply)
+        if settled is Settled.LATER:
+            self._failures += 1
+        elif self._from_again or alone:
+            self._failures = 0
+        if settled is Settled.SMALLER:
+            self._request_bytes = size_bytes // 2
+        elif self._from_again:
+            self._again_bytes = self._next_bytes(settled, size_bytes, self._again_bytes)
+        else:
+            self._fresh_bytes = self._next_bytes(settled, size_bytes, self._fresh_bytes)
+            if alone:
+                self._again_bytes = self._fresh_bytes
+        return settled
+
+    def _next_bytes(self, settled: Settled, size_bytes: int, fit_bytes: int) -> int:
+        if settled is Settled.LATER:
+            return size_bytes // 2
+        return min(self._request_bytes, 2 * max(size_bytes, fit_bytes))
+
     def _put_back(self, sent: _Pile) -> None:
-        for ordinal, chunk in reversed(sent.entries):
-            self._again.push_front(ordinal, chunk)
+        if self._from_again:
+            for ordinal, chunk in reversed(sent.entries):
+                self._again.push_front(ordinal, chunk)
+        else:
+            for ordinal, chunk in sent.entries:
+                self._again.push(ordinal, chunk)
 
 
 class Snapshots(Store):
@@ -358,11 +421,12 @@ class Snapshots(Store):
     def __init__(self) -> None:
         super().__init__()
         self.exported_ns = 0
-        """Time of the newest snapshot of which every piece was taken."""
+        """Time of the newest snapshot of which every piece was taken, or some and the rest refused for good."""
         self._behind = _Pile()
         self._behind_ns = 0
         self._under_way_ns = 0
         self._complete = True
+        self._any_taken = False
 
     @property
     def waiting(self) -> bool:
@@ -388,20 +452,22 @@ class Snapshots(Store):
         if not super().waiting:
             self._fresh, self._behind = self._behind, self._fresh
             self._under_way_ns = self._behind_ns
-            self._complete = True
+            self._complete, self._any_taken = True, False
         pile = self._fresh or self._again
         return [self._hand_over(pile)] if pile else []
 
-    def settle(self, reply: Reply) -> bool:
-        """Book the answer to the piece; answers whether it waits for another attempt."""
+    def settle(self, reply: Reply) -> Settled:
+        """Book the answer to the piece."""
         if not self._sending:
-            return False
-        again = super().settle(reply)
-        self._complete &= again or reply.taken
+            return Settled.DONE
+        settled = super().settle(reply)
+        self._any_taken |= reply.taken
+        # A piece that is refused in every snapshot must not keep the others from ever being out.
+        self._complete &= settled is Settled.LATER or reply.taken or reply.reason == REFUSED
         self._supersede()
-        if self._complete and not super().waiting:
+        if self._complete and self._any_taken and not super().waiting:
             self.exported_ns = self._under_way_ns
-        return again
+        return settled
 
     def abandon(self) -> None:
         """Give up all that is here."""

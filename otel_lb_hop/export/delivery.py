@@ -33,6 +33,8 @@ class Reply(NamedTuple):
     """How long the other side wants to be left alone."""
     detail: str = ""
     """What it said, for a person; also with partial success, where it may be a warning and nothing rejected."""
+    too_large: bool = False
+    """Not taken, because the request is larger than the other side allows: fewer chunks at once may be taken."""
     reason: str = REFUSED
     """Neither taken nor to be tried again: the word under which the ledger counts the loss."""
 

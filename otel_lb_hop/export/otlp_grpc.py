@@ -5,18 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import re
 import threading
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from otel_lb_hop.errors import ConfigError, Problem
-from otel_lb_hop.export.answer import (
-    one_line,
-    partial_success,
-    retry_info_seconds,
-    status_retry_seconds,
-)
+from otel_lb_hop.export.answer import one_line, partial_success, status_retry_seconds
 from otel_lb_hop.export.delivery import Reply
 from otel_lb_hop.export.otlp_settings import OTLP, USER_AGENT
 from otel_lb_hop.export.transport import CONNECT_SECONDS, tls_context, wrap
@@ -40,9 +36,8 @@ _VERBOSITY = "GRPC_VERBOSITY"
 _CONNECT_MS = int(CONNECT_SECONDS * 1000)
 _OPTIONS = (
     ("grpc.primary_user_agent", USER_AGENT),
-    ("grpc.max_send_message_length", -1),
-    # Connecting takes at most the least back-off: 20 s when not set. A pool of its own, because in the shared one the
-    # channel of another signal keeps a broken connection and its back-off alive for the new channel.
+    # Connecting takes at most the least back-off: 20 s when not set. A pool of its own, because out of the shared one
+    # all signals get the same connection, and metrics would wait behind records.
     ("grpc.min_reconnect_backoff_ms", _CONNECT_MS),
     ("grpc.max_reconnect_backoff_ms", _CONNECT_MS),
     ("grpc.use_local_subchannel_pool", 1),
@@ -54,7 +49,12 @@ _CONNECTION_CODES = frozenset({"CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL", "UN
 """What a call ends with when the connection is to blame."""
 
 _STATUS_DETAILS = "grpc-status-details-bin"
-_RETRY_INFO = "google.rpc.retryinfo-bin"
+
+_TOO_LARGE_CODES = frozenset({"RESOURCE_EXHAUSTED", "OUT_OF_RANGE", "UNKNOWN"})
+_TOO_LARGE = re.compile(
+    "larger than max|exceeds (the )?maximum|length too large|http2 header with status: 413", re.IGNORECASE
+)
+"""How servers put it: gRPC's core and Go; Java and .NET; Rust; and what the core makes of nginx's 413."""
 
 
 @contextlib.contextmanager
@@ -144,16 +144,19 @@ class GrpcSink:
     def _failed(self, error: Any) -> Reply:  # noqa: ANN401 - a package without types
         code: str = error.code().name
         if code in _CONNECTION_CODES:
+            # Also when it was the server that said UNAVAILABLE on a sound connection: nothing tells that from a broken
+            # one for sure, and a channel that is kept waits for its own back-off and looks up names only every 30 s. It
+            # costs a connect and a handshake for each failed attempt, and the shipper's back-off makes those rare.
             self._drop()
         metadata = dict(error.trailing_metadata() or ())
         wait_seconds = status_retry_seconds(metadata.get(_STATUS_DETAILS, b""))
-        if wait_seconds is None and _RETRY_INFO in metadata:
-            wait_seconds = retry_info_seconds(metadata[_RETRY_INFO])
+        detail = one_line(f"{code}: {error.details()}")
+        if wait_seconds is None and code in _TOO_LARGE_CODES and _TOO_LARGE.search(detail):
+            return Reply(taken=False, too_large=True, detail=detail)
         if self._settings.retry_codes is not None:
             retry = code in self._settings.retry_codes
         else:
             retry = code in _RETRY_CODES or (code == "RESOURCE_EXHAUSTED" and wait_seconds is not None)
-        detail = one_line(f"{code}: {error.details()}")
         return Reply(taken=False, retry=retry, retry_after_seconds=wait_seconds if retry else None, detail=detail)
 
 
@@ -167,9 +170,14 @@ def _taken(answer: bytes, items: int) -> Reply:
 
 def _read(file: Named) -> bytes:
     try:
-        return Path(file.text).read_bytes()
+        content = Path(file.text).read_bytes()
     except OSError as error:
         raise ConfigError([Problem(file.variable, file.text, f"a readable PEM file ({error.strerror})")]) from error
+    if not content:
+        # As while it is being written. An empty certificate or key would end the process in gRPC's core
+        # (grpc/grpc#40732); for empty roots the core would take the usual ones.
+        raise ConfigError([Problem(file.variable, file.text, "a readable PEM file (it is empty)")])
+    return content
 
 
 def _provided(provider: Named) -> Any:  # noqa: ANN401 - a package without types

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, cast
 from otel_lb_hop.errors import ConfigError
 from otel_lb_hop.export.answer import one_line, partial_success, retry_after_seconds, status_message
 from otel_lb_hop.export.delivery import Reply
-from otel_lb_hop.export.otlp_settings import OTLP
+from otel_lb_hop.export.otlp_settings import OTLP, without_secret
 from otel_lb_hop.export.transport import CONNECT_SECONDS, tls_context, wrap
 
 if TYPE_CHECKING:
@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 
 _RETRY_STATUS = frozenset({429, 502, 503, 504})
 """Of the OTLP specification, "Retryable Response Codes"."""
+_INTERIM = range(102, 200)
+"""Status of an answer before the answer: 100 is http.client's to skip, and 101 is an answer."""
+_ENDED = (ConnectionResetError, BrokenPipeError, ssl.SSLEOFError)
+"""The other side has ended the connection; the last is what writing by TLS makes of the others."""
 _ANSWER_BYTES = 64 * 1024
 _LEVEL = 1
 _WBITS = {"gzip": 31, "deflate": 15}
@@ -72,16 +76,16 @@ class HttpSink:
         deadline = time.monotonic() + (limit if timeout_seconds is None else min(limit, timeout_seconds))
         with self._sending:
             try:
-                connection = self._open(deadline)
-                whole = connection.post(self._target, self._compressed(wrap(chunks)), self._headers)
-                response = connection.getresponse()
+                response = self._exchange(chunks, deadline)
                 reply = self._read(response, sum(chunk.items for chunk in chunks))
             except (OSError, http.client.HTTPException, ValueError, ConfigError) as error:
                 self._drop()
                 if isinstance(error, ssl.SSLError):
                     self._tls = None  # its files may have been renewed
-                return Reply(taken=False, retry=True, detail=one_line(f"{type(error).__name__}: {error}"))
-            if self._closed or not (whole and response.isclosed()):
+                # An answer with more headers than anybody sends by chance is one: the same would come again.
+                retry = not (isinstance(error, http.client.LineTooLong) or type(error) is http.client.HTTPException)
+                return Reply(taken=False, retry=retry, detail=one_line(f"{type(error).__name__}: {error}"))
+            if self._closed or not response.isclosed():
                 self._drop()
             return reply
 
@@ -94,6 +98,20 @@ class HttpSink:
         if self._sending.acquire(blocking=False):  # else the one who sends notices
             self._drop()
             self._sending.release()
+
+    def _exchange(self, chunks: list[Chunk], deadline: float) -> http.client.HTTPResponse:
+        """Send a request and get the head of its answer."""
+        kept = self._connection
+        connection = self._open(deadline)
+        body = self._compressed(wrap(chunks))
+        try:
+            return connection.exchange(self._target, body, self._headers)
+        except _ENDED:
+            if connection is not kept or connection.answered:
+                raise
+        # The other side gave the connection up just as it was used again (RFC 9112 9.3.1), which is no failure.
+        self._drop()
+        return self._open(deadline).exchange(self._target, body, self._headers)
 
     def _open(self, deadline: float) -> _Connection:
         """Give a connection that is connected."""
@@ -125,25 +143,39 @@ class HttpSink:
     def _read(self, response: http.client.HTTPResponse, items: int) -> Reply:
         """Make a reply of an answer, of which the status is there and the body may yet fail."""
         status = response.status
+        success = 200 <= status < 300  # noqa: PLR2004 - the class of success, RFC 9110 15.3
         try:
             body = response.read(_ANSWER_BYTES)
-            if 200 <= status < 300:  # noqa: PLR2004 - the class of success, RFC 9110 15.3
+            if success and not _is_page(response, body):
                 rejected, message = partial_success(body)
                 return Reply(taken=True, rejected=min(rejected, items), detail=message)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            if 200 <= status < 300:  # noqa: PLR2004 - as above
+            if success:
                 return Reply(taken=True, detail=one_line(f"taken, with an answer that cannot be read: {error}"))
             body = b""
-        if 300 <= status < 400:  # noqa: PLR2004 - the class of redirection, RFC 9110 15.4
-            message = f"redirected to {response.headers.get('location')}; redirects are not followed"
+        if success:
+            # Of a proxy that wants a login, say, or of another server: nobody has taken anything.
+            message = "a web page, and no answer of an OTLP server"
+        elif 300 <= status < 400:  # noqa: PLR2004 - the class of redirection, RFC 9110 15.4
+            place = without_secret(response.headers.get("location", "nowhere"))
+            message = f"redirected to {place}; redirects are not followed"
         elif "protobuf" in response.headers.get_content_type():
             message = status_message(body)
         else:
             message = body.decode("utf-8", "replace")
         retry = status in _RETRY_STATUS
-        wait_seconds = retry_after_seconds(response.headers.get("retry-after"), self._wall_seconds()) if retry else None
+        wait_seconds = None
+        if retry:
+            after, date = response.headers.get("retry-after"), response.headers.get("date")
+            wait_seconds = retry_after_seconds(after, date, self._wall_seconds())
         detail = one_line(f"HTTP {status} {response.reason}: {message}")
-        return Reply(taken=False, retry=retry, retry_after_seconds=wait_seconds, detail=detail)
+        too_large = status == http.client.REQUEST_ENTITY_TOO_LARGE
+        return Reply(taken=False, retry=retry, retry_after_seconds=wait_seconds, too_large=too_large, detail=detail)
+
+
+def _is_page(response: http.client.HTTPResponse, body: bytes) -> bool:
+    # No message of protobuf begins with this sign, and none of JSON.
+    return response.headers.get_content_type() == "text/html" or body.lstrip().startswith(b"<")
 
 
 def _client_tls(tls: Tls) -> ssl.SSLContext:
@@ -166,6 +198,8 @@ class _Connection(http.client.HTTPConnection):
             self.set_tunnel(settings.host, settings.port, authorization)
         self.default_port = http.client.HTTPS_PORT if tls else http.client.HTTP_PORT
         self.deadline = 0.0
+        self.answered = False
+        """Whether anything came in since the request began."""
         self.response_class = cast("type[http.client.HTTPResponse]", self._response)
         self._through_proxy = bool(proxy and tls)
         self._tls = tls
@@ -181,7 +215,7 @@ class _Connection(http.client.HTTPConnection):
         for left, (family, kind, number, _, address) in zip(range(len(places), 0, -1), places, strict=True):
             try:
                 self.sock = self._peer = socket.socket(family, kind, number)
-                self.sock.settimeout(self._left() / left)  # for one that swallows all must leave time for the others
+                self.sock.settimeout(self.left() / left)  # for one that swallows all must leave time for the others
                 self.sock.connect(address)
                 break
             except OSError:
@@ -196,23 +230,23 @@ class _Connection(http.client.HTTPConnection):
             self.sock = self._peer = self._tls.wrap_socket(
                 self.sock, server_hostname=self._tls_name, do_handshake_on_connect=False
             )
-            self.sock.settimeout(self._left())
+            self.sock.settimeout(self.left())
             self.sock.do_handshake()
         self.deadline = deadline
 
-    def post(self, target: str, body: bytes, headers: dict[str, str]) -> bool:
-        """Send a request; False if the other side wanted no more of it, and may have answered why."""
-        try:
+    def exchange(self, target: str, body: bytes, headers: dict[str, str]) -> http.client.HTTPResponse:
+        """Send a request and wait for the head of its answer."""
+        self.answered = False
+        # If the other side wants no more of it, it may have answered why.
+        with contextlib.suppress(*_ENDED):
             self.request("POST", target, body, headers)
-        except (BrokenPipeError, ConnectionResetError):
-            return False
-        return True
+        return self.getresponse()
 
     def send(self, data: bytes) -> None:  # type: ignore[override] # there is nothing else to send here
         """Send all of it, without a copy."""
         view = memoryview(data)
         while view:
-            self.sock.settimeout(self._left())
+            self.sock.settimeout(self.left())
             view = view[self.sock.send(view) :]
 
     def is_stale(self) -> bool:
@@ -230,7 +264,8 @@ class _Connection(http.client.HTTPConnection):
             with contextlib.suppress(OSError):
                 socket.socket.shutdown(self._peer, socket.SHUT_RDWR)
 
-    def _left(self) -> float:
+    def left(self) -> float:
+        """Tell how many seconds are left; raises what ends the attempt."""
         if self._was_cut:
             raise ConnectionAbortedError("the sink is closed")
         seconds = self.deadline - time.monotonic()
@@ -239,15 +274,26 @@ class _Connection(http.client.HTTPConnection):
         return seconds
 
     def _response(self, sock: socket.socket, method: str | None = None) -> http.client.HTTPResponse:
-        return http.client.HTTPResponse(cast("socket.socket", _Incoming(sock, self._left)), method=method)
+        return _Response(cast("socket.socket", _Incoming(sock, self)), method=method)
+
+
+class _Response(http.client.HTTPResponse):
+    """An answer; those that only announce it (RFC 9110 15.2) are skipped."""
+
+    def _read_status(self) -> tuple[str, int, str]:
+        while True:
+            version, status, reason = super()._read_status()  # type: ignore[misc] # http.client's own
+            if status not in _INTERIM:
+                return version, status, reason
+            http.client.parse_headers(self.fp)
 
 
 class _Incoming(io.RawIOBase):
-    """What comes in by a socket, until the deadline."""
+    """What comes in by a connection's socket, until its deadline."""
 
-    def __init__(self, sock: socket.socket, left: Callable[[], float]) -> None:
+    def __init__(self, sock: socket.socket, connection: _Connection) -> None:
         self._sock = sock
-        self._left = left
+        self._connection = connection
         self._file = sock.makefile("rb", buffering=0)  # it keeps the socket open as long as somebody reads
 
     def makefile(self, _mode: str) -> io.BufferedReader:
@@ -258,8 +304,10 @@ class _Incoming(io.RawIOBase):
         return True
 
     def readinto(self, buffer: WriteableBuffer) -> int | None:
-        self._sock.settimeout(self._left())
-        return self._file.readinto(buffer)
+        self._sock.settimeout(self._connection.left())
+        count = self._file.readinto(buffer)
+        self._connection.answered |= bool(count)
+        return count
 
     def close(self) -> None:
         self._file.close()

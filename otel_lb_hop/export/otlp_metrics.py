@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
     from otel_lb_hop.export.metrics import Metric
 
-CHUNK_BYTES = 1 << 20
-"""Most bytes of a chunk; a Collector's gRPC server takes 4 MiB a message."""
+CHUNK_BYTES = 1 << 19
+"""Most bytes of a chunk, which is a request: with its envelope less than the 1 MiB that nginx takes if nobody told it
+otherwise (client_max_body_size). A Collector's gRPC server takes 4 MiB a message."""
 PIECE_BYTES = CHUNK_BYTES // 4
 """A metric is split into pieces of about so many bytes, and chunks are filled with those."""
 

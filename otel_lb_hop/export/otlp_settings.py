@@ -3,7 +3,8 @@
 Owns what each variable means, after the OTLP exporter specification and, where that leaves room, after the SDK's
 exporters: gRPC takes the host of a URL and nothing of its path, HTTP appends `v1/{signal}` to the endpoint of all
 signals. A signal's own variable wins over the one of all signals; empty or blank means not set. No I/O: files are
-named here and read by the sinks. Values of headers are secrets and stand in no message.
+named here and read by the sinks. Values of headers, user and password of a URL, and queries are secrets and stand in no
+message.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _PLAIN_HEADER = re.compile(rf"{_NAME}[ \t]*=[ \t]*[\x20\x21\x23-\x2b\x2d-\x3a\x3
 # What may go on the wire: RFC 9110 5.6.2 and 5.5; gRPC over HTTP/2, "Custom-Metadata".
 _HTTP_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+")
 _HTTP_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
-_GRPC_NAME = re.compile(r"[0-9a-z_.-]+(?<!-bin)")
+_GRPC_NAME = re.compile(r"(?!grpc-)[0-9a-z_.-]+(?<!-bin)")
 _GRPC_VALUE = re.compile(r"[\x20-\x7e]*")
 _FRAMING = frozenset({"content-length", "transfer-encoding"})
 
@@ -59,8 +60,8 @@ _URL_SAFE = "!#$%&'()*+,/:;=?@[]~"
 _HEADERS = "name=value items split by commas, values percent-encoded"
 _SECONDS = f"seconds above 0, at most {MAX_TIMEOUT_SECONDS:.0f}"
 _GRPC_ENDPOINT = "http://HOST:PORT, https://HOST:PORT, HOST:PORT, unix:PATH or another gRPC name"
-_HTTP_ENDPOINT = "http://HOST[:PORT][/PATH] or https://..."
-_PROXY = "http://[USER:PASSWORD@]HOST[:PORT]"
+_HTTP_ENDPOINT = "http://HOST[:PORT][/PATH] or https://..., signs like @ in it percent-encoded"
+_PROXY = "http://[USER:PASSWORD@]HOST[:PORT], signs like / in it percent-encoded"
 
 
 class Named(NamedTuple):
@@ -226,7 +227,7 @@ class _Reader:
         try:
             return parse(text)
         except ValueError:
-            self.refuse(variable, _without_secret(text), accepted)
+            self.refuse(variable, without_secret(text), accepted)
             return instead
 
     def refuse(self, variable: str, read: str, accepted: str) -> None:
@@ -260,12 +261,12 @@ def _timeout(reader: _Reader) -> float:
 def _target(endpoint: str) -> str:
     parts = urlsplit(endpoint)
     if parts.scheme in _GRPC_NAMES:
-        if parts.netloc or not parts.path:
+        if parts.netloc or not parts.path or parts.query:
             raise ValueError
         return endpoint
     target = parts.netloc if "//" in endpoint else endpoint
     place = urlsplit(f"//{target}")
-    if not place.hostname or place.port == 0 or place.netloc != target or "@" in target or " " in target:
+    if not place.hostname or place.port == 0 or place.netloc != target or "@" in endpoint or " " in target:
         raise ValueError
     return target
 
@@ -273,6 +274,13 @@ def _target(endpoint: str) -> str:
 def _url(endpoint: str) -> SplitResult:
     url = urlsplit(endpoint)
     if url.scheme not in {"http", "https"} or not url.hostname or url.port == 0 or " " in url.netloc:
+        raise ValueError
+    return _whole(url)
+
+
+def _whole(url: SplitResult) -> SplitResult:
+    """Refuse a URL whose password has a sign that ended its host: the secret would be taken for host, port and path."""
+    if "@" in url.path + url.query + url.fragment:
         raise ValueError
     return url
 
@@ -352,7 +360,7 @@ def _proxy(reader: _Reader, scheme: str, host: str, port: int) -> Proxy | None:
 
 
 def _parse_proxy(text: str) -> Proxy | None:
-    url = urlsplit(text)
+    url = _whole(urlsplit(text))
     if url.scheme != "http" or not url.hostname:
         raise ValueError
     return Proxy(url.hostname, url.port or 80, _basic(url))
@@ -381,6 +389,8 @@ def _basic(url: SplitResult) -> str | None:
     return "Basic " + base64.b64encode(pair.encode("latin-1", "replace")).decode()
 
 
-def _without_secret(text: str) -> str:
-    """Leave out what stands before the host of a URL."""
-    return re.sub(r"[^/]*@", "", text)
+def without_secret(text: str) -> str:
+    """Leave out user, password, query and fragment of a URL, be it well-formed or not."""
+    # A password may hold any of the other signs, so that of all @ the last one counts.
+    place = re.sub(r"^([a-z][a-z0-9+.-]*://)?.*@", r"\1", text, flags=re.DOTALL | re.IGNORECASE)
+    return re.split("[?#]", place, maxsplit=1)[0]

@@ -2,7 +2,8 @@
 
 A sink that hangs holds up nothing but its own queue. What may be taken later is sent again, with back-off, for as long
 as newer chunks leave it room (records) or until a newer snapshot says more (metrics); there is no other limit. What
-is kept, what gives way and when the next attempt begins is decided in `backlog`, where the reasons are listed too.
+is kept, what gives way, how much goes at once and when the next attempt begins is decided in `backlog`, where the
+reasons are listed too.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from otel_lb_hop.export.backlog import FAILED, Backlog, Backoff, Snapshots
+from otel_lb_hop.export.backlog import FAILED, Backlog, Backoff, Settled, Snapshots
 from otel_lb_hop.export.delivery import Reply
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ LINGER_SECONDS = 0.5
 SHUTDOWN_RESERVE_SECONDS = 0.2
 """Of the time to close: for the sink, to let go of what hangs."""
 QUIET_SECONDS = 10.0
-"""Between two lines about trouble of one kind, whatever the other side says each time."""
+"""Between two lines about what became of requests, whatever the other side says each time."""
 
 
 class _Carrier:
@@ -53,7 +54,7 @@ class _Carrier:
         self.name = sink.name
         """The exporter's."""
         self.last_error: str | None = None
-        """What the last attempt failed by; None once all of a request was taken."""
+        """What the last attempt failed by; None once all of a request was taken and nothing older is stuck."""
         self._sink = sink
         self._target = f"{sink.name} at {sink.place}" if sink.place else sink.name
         self._store = store
@@ -68,7 +69,10 @@ class _Carrier:
         self._closed = False
         self._give_up_at: float | None = None
         self._exported_at: float | None = None
-        self._told: dict[str, tuple[str, float]] = {}
+        self._failures = 0
+        self._failing_since = 0.0
+        self._told: set[tuple[str, str]] = set()
+        self._told_at: dict[str, float] = {}
         self._thread = threading.Thread(target=self._run, name=f"ship-{signal}-{sink.name}", daemon=True)
         self._thread.start()
 
@@ -145,9 +149,9 @@ class _Carrier:
             with self._lock:
                 if self._closed:
                     return  # and counted there
-                self._settle(reply)
+                settled = self._settle(reply)
                 self._settled.notify_all()
-            self._tell(reply)
+            self._tell(reply, settled)
 
     def _next_request(self) -> list[Chunk]:
         """Wait for a request; an empty one means that there will be no more."""
@@ -172,34 +176,51 @@ class _Carrier:
         except BaseException as error:  # noqa: BLE001 - a plugin may raise anything; the agent goes on
             return Reply(taken=False, reason=FAILED, detail=f"{type(error).__name__}: {error}")
 
-    def _settle(self, reply: Reply) -> None:
-        again = self._store.settle(reply)
+    def _settle(self, reply: Reply) -> Settled:
+        settled = self._store.settle(reply)
         now = time.monotonic()
-        if again:
+        if settled is Settled.LATER:
             self._backoff.fail(now, random.random(), reply.retry_after_seconds)  # noqa: S311 - no secret
-        else:
+        elif not self._store.stuck:
             self._backoff.succeed()
         if reply.taken:
             self._exported_at = now
-        whole = reply.taken and reply.rejected <= 0
-        self.last_error = None if whole else reply.detail or "no reason was given"
+        if not reply.taken or reply.rejected > 0:
+            self.last_error = reply.detail or "no reason was given"
+        elif not self._store.stuck:
+            self.last_error = None
+        return settled
 
-    def _tell(self, reply: Reply) -> None:
-        """Log what an operator has to know: once while it stays the same, and not more often than is bearable."""
+    def _tell(self, reply: Reply, settled: Settled) -> None:
+        """Log what an operator has to know: each kind of trouble once until all is well, and never too often."""
+        now = time.monotonic()
         text = reply.detail or "no reason was given"
-        if not reply.taken:
-            what = "not taken, kept to be sent again" if reply.retry else f"{reply.reason}, lost"
+        what = ""
+        if settled is Settled.LATER:
+            what = "not taken, kept to be sent again"
+        elif settled is Settled.SMALLER:
+            what = "larger than the other side takes, kept to go in smaller requests"
+        elif not reply.taken:
+            what = f"{reply.reason}, lost"
         elif reply.rejected > 0:
             what = "taken, some rejected"
         elif reply.detail:
             what = "taken, with a warning"
-        else:
-            self._told = {what: ("", told_at) for what, (_, told_at) in self._told.items()}
-            return
-        told, told_at = self._told.get(what, ("", -QUIET_SECONDS))
-        now = time.monotonic()
-        if text != told and now >= told_at + QUIET_SECONDS:
-            self._told[what] = text, now
+        if reply.taken and reply.rejected <= 0 and not self._store.stuck:
+            still_true = {kind for kind in self._told if kind[0] == what}
+            if self._failures and self._told != still_true:
+                seconds, failures = now - self._failing_since, self._failures
+                log.info("%s: %s: works again after %d failures (%.0f s)", self.signal, self._target, failures, seconds)
+            self._failures = 0
+            self._told = still_true
+        elif not reply.taken and settled is not Settled.SMALLER:
+            self._failing_since = self._failing_since if self._failures else now
+            self._failures += 1
+        # What stands before the colon is a code or the name of an error; behind it each attempt may have its own words.
+        kind = what, text.partition(":")[0]
+        if what and kind not in self._told and now >= self._told_at.get(what, -QUIET_SECONDS) + QUIET_SECONDS:
+            self._told.add(kind)
+            self._told_at[what] = now
             log.warning("%s: %s: %s: %s", self.signal, self._target, what, text)
 
 

@@ -113,6 +113,8 @@ class Answer(NamedTuple):
     """Other than OK: `body` is not sent, `message` is."""
     message: str = ""
     retry_after: str | None = None
+    date: str | None = None
+    """HTTP: of the answer; None: it has none."""
     retry_info_seconds: float | None = None
     location: str | None = None
     content_type: str = "application/x-protobuf"
@@ -138,6 +140,14 @@ def partial(rejected: int, message: str = "") -> Answer:
     return Answer(logs.ExportLogsServiceResponse(partial_success=success).SerializeToString())
 
 
+TOO_LARGE = Answer(
+    http_status=413,
+    grpc_code="RESOURCE_EXHAUSTED",
+    message="grpc: received message larger than max (4194305 vs. 4194304)",
+    content_type="text/plain",
+)
+
+
 class _Server:
     """What both servers share."""
 
@@ -146,6 +156,8 @@ class _Server:
     def __init__(self) -> None:
         self.received: list[Received] = []
         self.port = 0
+        self.most_bytes = _MAX_MESSAGE_BYTES
+        """A larger body is refused as too large, whatever `play` says."""
         self._answers: deque[Answer] = deque()
         self._ended = threading.Event()
 
@@ -160,6 +172,8 @@ class _Server:
 
     def _take(self, received: Received) -> Answer:
         self.received.append(received)
+        if len(received.body) > self.most_bytes:
+            return TOO_LARGE
         answer = self._answers.popleft() if self._answers else Answer()
         while answer.until and not answer.until.wait(0.02) and not self._ended.is_set():
             pass
@@ -260,13 +274,13 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {name.lower(): value for name, value in self.headers.items()}
         connection = f"{self.client_address[0]}:{self.client_address[1]}"
         answer = self.server.take(Received(self.path, headers, body, self._client_name(), connection))
-        self.send_response(answer.http_status)
+        self.send_response_only(answer.http_status)
         content = answer.body
         if answer.message:
             content = answer.status() if "protobuf" in answer.content_type else answer.message.encode()
         self.send_header("Content-Type", answer.content_type)
         self.send_header("Content-Length", str(len(content)))
-        for name, value in (("Retry-After", answer.retry_after), ("Location", answer.location)):
+        for name, value in (("Retry-After", answer.retry_after), ("Date", answer.date), ("Location", answer.location)):
             if value is not None:
                 self.send_header(name, value)
         self.end_headers()

@@ -115,7 +115,17 @@ def test_delays(delay: Duration, seconds: float) -> None:
 )
 def test_retry_after(value: str | None, seconds: float | None) -> None:
     """Seconds and dates."""
-    assert retry_after_seconds(value, NOW_SECONDS) == seconds
+    assert retry_after_seconds(value, None, NOW_SECONDS) == seconds
+
+
+@pytest.mark.parametrize(
+    ("date", "seconds"),
+    [("Sun, 06 Nov 1994 08:50:00 GMT", 37.0), ("Sun, 06 Nov 1994 08:51:00 GMT", 0.0), ("", 60.0), ("today", 60.0)],
+)
+def test_a_date_is_counted_from_the_date_of_the_answer(date: str, seconds: float) -> None:
+    """Whatever the clock here says, unless the answer says nothing."""
+    assert retry_after_seconds("Sun, 06 Nov 1994 08:50:37 GMT", date, NOW_SECONDS) == seconds
+    assert retry_after_seconds("7", date, NOW_SECONDS) == 7.0
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from otel_lb_hop.core.ledger import Ledger
-from otel_lb_hop.export.backlog import Backlog, Backoff, Books, Flush, Snapshots, Store
+from otel_lb_hop.export.backlog import Backlog, Backoff, Books, Flush, Settled, Snapshots, Store
 from otel_lb_hop.export.delivery import Chunk, Reply
 
 TAKEN = Reply(taken=True)
 AGAIN = Reply(taken=False, retry=True)
 REFUSED = Reply(taken=False)
+TOO_LARGE = Reply(taken=False, too_large=True)
 
 
 def chunk(payload: object, items: int = 1, size_bytes: int = 10, group: object = "g") -> Chunk:
@@ -66,6 +67,20 @@ def test_urgent() -> None:
     assert found == [False, True, False, True]
 
 
+def test_urgent_after_failures() -> None:
+    """As much as goes at once need not wait for more."""
+    backlog = Backlog(1_000, 40)
+    backlog.offer([chunk(number) for number in range(4)])
+    for reply in (AGAIN, TAKEN, TAKEN):
+        backlog.take()
+        backlog.settle(reply)
+    found = []
+    for number in (4, 5):
+        backlog.offer([chunk(number)])
+        found.append(backlog.urgent)
+    assert found == [False, True]
+
+
 def test_newest_are_kept() -> None:
     """What is on its way counts against the bound and stays; of what waits the oldest give way."""
     backlog = Backlog(50, 20)
@@ -79,20 +94,97 @@ def test_newest_are_kept() -> None:
 
 
 def test_sent_again() -> None:
-    """A request that was not taken is the oldest again: sent first, with others if they fit, or displaced first."""
+    """A request that was not taken is the oldest again: sent first, or displaced first."""
     backlog = Backlog(60, 30)
     backlog.offer([chunk(1), chunk(2)])
     backlog.take()
     backlog.offer([chunk(3), chunk(4)])
-    assert backlog.settle(AGAIN)
-    assert payloads(backlog.take()) == [1, 2, 3]
-    assert backlog.settle(AGAIN)
+    assert backlog.settle(AGAIN) is Settled.LATER
+    assert payloads(backlog.take()) == [1]
+    assert backlog.settle(AGAIN) is Settled.LATER
     backlog.offer([chunk(5), chunk(6), chunk(7)])
-    assert backlog.items() == Books(7, 0, {"queue_full": 1}, 4, 2)
-    assert send_all(backlog) == [[2, 3, 4], [5, 6, 7]]
+    assert backlog.items() == Books(7, 0, {"queue_full": 1}, 5, 1)
+    assert send_all(backlog) == [[2], [3], [4, 5], [6, 7]]
     queue, transport = backlog.stages("logs", "otlp")
     assert (queue.seen, queue.exported, queue.losses, queue.in_flight) == (7, 7, {}, 0)
     assert (transport.seen, transport.exported, transport.losses, transport.in_flight) == (7, 6, {"queue_full": 1}, 0)
+
+
+def test_a_slow_link_gets_what_it_can_take() -> None:
+    """Half as much after each failure, down to one chunk, however much waits; twice as much after each success."""
+    backlog = Backlog(10_000, 160)
+    backlog.offer([chunk(number) for number in range(100)])
+    sizes = []
+    for reply in [AGAIN] * 2 + [TAKEN] * 4 + [AGAIN, TAKEN, TAKEN, TAKEN]:
+        sizes.append(len(backlog.take()))
+        backlog.settle(reply)
+    # The first 16 go by themselves until they are taken; what was never sent begins with half of what failed.
+    assert sizes == [16, 8, 4, 8, 4, 8, 16, 8, 8, 8]
+    assert backlog.items().exported == 48
+    check(backlog)
+
+
+def test_a_server_that_takes_little_at_once() -> None:
+    """A request that is too large goes again in halves, at once, in order, and never so large again."""
+    backlog = Backlog(10_000, 160)
+    backlog.offer([chunk(number) for number in range(40)])
+    replies = [TOO_LARGE, TOO_LARGE, *[TAKEN] * 3]
+    settled, sent = [], []
+    for reply in replies:
+        sent.append(payloads(backlog.take()))
+        settled.append(backlog.settle(reply))
+        assert not backlog.stuck
+    assert settled == [Settled.SMALLER] * 2 + [Settled.DONE] * 3
+    assert sent == [[*range(16)], [*range(8)], [*range(4)], [*range(4, 8)], [*range(8, 12)]]
+    assert [len(request) for request in send_all(backlog)] == [4] * 7
+    assert backlog.items() == Books(40, 40, {}, 0, 0)
+
+
+def test_a_single_chunk_that_is_too_large_is_refused() -> None:
+    """It alone, and it does not make the others smaller."""
+    backlog = Backlog(10_000, 160)
+    backlog.offer([chunk(1), chunk(2, items=7, size_bytes=100), chunk(3), chunk(4)])
+    sent = []
+    while request := payloads(backlog.take()):
+        sent.append(request)
+        backlog.settle(TOO_LARGE if 2 in request else TAKEN)
+    assert sent == [[1, 2, 3, 4], [1], [2], [3, 4]]
+    assert backlog.items() == Books(10, 3, {"refused": 7}, 0, 0)
+    check(backlog)
+
+
+def test_what_is_never_taken_holds_up_only_itself() -> None:
+    """From the third failure every other attempt is for what was not tried yet, in whole requests; order is kept."""
+    backlog = Backlog(1_000, 40)
+    backlog.offer([chunk("poison"), chunk(1), chunk(2), chunk(3)])
+    sent = []
+    for turn in range(12):
+        backlog.offer([chunk(10 * turn + number) for number in range(10, 14)])
+        sent.append(payloads(backlog.take()))
+        backlog.settle(AGAIN if "poison" in sent[-1] else TAKEN)
+        assert backlog.stuck
+    poison, first = ["poison"], ["poison", 1, 2, 3]
+    assert sent[:5] == [first, ["poison", 1], poison, [10, 11], poison]
+    assert sent[5:8] == [[12, 13, 20, 21], poison, [22, 23, 30, 31]]
+    assert sent[8::2] == [poison] * 2
+    backlog.take()
+    backlog.settle(TAKEN)
+    assert not backlog.stuck
+    assert payloads(backlog.take()) == [1, 2]
+    check(backlog)
+
+
+def test_in_an_outage_order_is_kept() -> None:
+    """What was tried aside waits behind what was tried before it, and of both the oldest give way."""
+    backlog = Backlog(60, 20)
+    backlog.offer([chunk(number) for number in range(1, 7)])
+    for _ in range(6):
+        backlog.take()
+        assert backlog.settle(AGAIN) is Settled.LATER
+    backlog.offer([chunk(7)])
+    assert [number for request in send_all(backlog) for number in request] == [2, 3, 4, 5, 6, 7]
+    assert backlog.items() == Books(7, 6, {"queue_full": 1}, 0, 0)
+    check(backlog)
 
 
 def test_too_large() -> None:
@@ -103,6 +195,13 @@ def test_too_large() -> None:
     backlog.offer([chunk(3, size_bytes=50)])
     assert backlog.items() == Books(11, 0, {"too_large": 9, "queue_full": 1}, 1, 0)
     assert send_all(backlog) == [[3]]
+
+
+def test_a_flush_hears_of_a_chunk_that_could_never_be_held() -> None:
+    """As of every other loss, once."""
+    backlog = Backlog(50, 20)
+    backlog.offer([chunk(1, size_bytes=51)])
+    assert [backlog.watch().lost, backlog.watch().lost] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -117,6 +216,9 @@ def test_too_large() -> None:
         (Reply(taken=False), Books(10, 0, {"refused": 10}, 0, 0)),
         (Reply(taken=False, reason="failed"), Books(10, 0, {"failed": 10}, 0, 0)),
         (Reply(taken=False, retry=True), Books(10, 0, {}, 0, 10)),
+        (Reply(taken=False, too_large=True), Books(10, 0, {}, 0, 10)),
+        (Reply(taken=False, retry=True, too_large=True), Books(10, 0, {}, 0, 10)),
+        (Reply(taken=True, too_large=True), Books(10, 10, {}, 0, 0)),
     ],
 )
 def test_replies(reply: Reply, books: Books) -> None:
@@ -124,7 +226,7 @@ def test_replies(reply: Reply, books: Books) -> None:
     backlog = Backlog(100, 20)
     backlog.offer([chunk(1, items=4), chunk(2, items=6)])
     backlog.take()
-    assert backlog.settle(reply) == (books.sending > 0)
+    assert (backlog.settle(reply) is Settled.DONE) == (books.sending == 0)
     assert backlog.items() == books
     check(backlog)
 
@@ -142,7 +244,7 @@ def test_abandon() -> None:
 
 
 class AnyHistory(RuleBasedStateMachine):
-    """The backlog against a list: books, bound, order, the newest kept, and what flushes answer."""
+    """The backlog against two lists: books, bounds, order, the newest kept, whose turn it is, what flushes answer."""
 
     limit_bytes = 60
     request_bytes = 25
@@ -152,8 +254,13 @@ class AnyHistory(RuleBasedStateMachine):
         self.backlog = Backlog(self.limit_bytes, self.request_bytes)
         self.offered = self.exported = self.last_number = 0
         self.dropped: dict[str, int] = {}
-        self.waiting: list[Chunk] = []
+        self.again: list[Chunk] = []
+        self.fresh: list[Chunk] = []
         self.sending: list[Chunk] = []
+        self.most_bytes = {"again": self.request_bytes, "fresh": self.request_bytes}
+        self.ceiling_bytes = self.request_bytes
+        self.failures = 0
+        self.turn = "fresh"
         self.untold = False
         self.flushes: list[tuple[Flush, int]] = []
         self.expect_lost: list[bool] = []
@@ -176,29 +283,38 @@ class AnyHistory(RuleBasedStateMachine):
         self.backlog.offer(chunks)
         room = self.limit_bytes - sum(each.size_bytes for each in self.sending)
         kept: list[Chunk] = []
-        for each in reversed([*self.waiting, *(each for each in chunks if each.size_bytes <= self.limit_bytes)]):
+        for each in reversed(
+            [*self.again, *self.fresh, *(each for each in chunks if each.size_bytes <= self.limit_bytes)]
+        ):
             room -= each.size_bytes
             if room < 0:
                 self._lose("queue_full", each.items, each.payload, each.payload)
             else:
                 kept.append(each)
-        self.waiting = kept[::-1]
+        self.again = [each for each in kept[::-1] if each in self.again]
+        self.fresh = [each for each in kept[::-1] if each not in self.again]
 
     @precondition(lambda self: not self.sending)
     @rule()
     def take(self) -> None:
-        """Take a request: a prefix of what waits, of one group, as long as it can be."""
+        """Take a request: a prefix of what was tried or of what was not, of one group, as long as it may be."""
         self.sending = self.backlog.take()
+        assert bool(self.sending) == bool(self.again or self.fresh)
+        if self.again and self.fresh and self.failures >= 3:
+            self.turn = "fresh" if self.turn == "again" else "again"
+        else:
+            self.turn = "again" if self.again else "fresh"
+        waiting = self.again if self.turn == "again" else self.fresh
         count = len(self.sending)
-        assert self.sending == self.waiting[:count]
-        assert bool(self.sending) == bool(self.waiting)
+        assert self.sending == waiting[:count]
         assert len({each.group for each in self.sending}) <= 1
+        most_bytes = min(self.ceiling_bytes, self.most_bytes[self.turn])
         size_bytes = sum(each.size_bytes for each in self.sending)
-        assert count <= 1 or size_bytes <= self.request_bytes
-        if count < len(self.waiting):
-            after = self.waiting[count]
-            assert after.group != self.sending[0].group or size_bytes + after.size_bytes > self.request_bytes
-        self.waiting = self.waiting[count:]
+        assert count <= 1 or size_bytes <= most_bytes
+        if count < len(waiting):
+            after = waiting[count]
+            assert after.group != self.sending[0].group or size_bytes + after.size_bytes > most_bytes
+        del waiting[:count]
 
     @precondition(lambda self: self.sending)
     @rule(rejected=st.one_of(st.just(0), st.integers(-1, 20)))
@@ -209,24 +325,40 @@ class AnyHistory(RuleBasedStateMachine):
         self.exported += items - lost
         if lost:
             self._lose("rejected_partially", lost, self.sending[0].payload, self.sending[-1].payload)
-        assert not self.backlog.settle(Reply(taken=True, rejected=rejected))
-        self.sending = []
+        assert self.backlog.settle(Reply(taken=True, rejected=rejected)) is Settled.DONE
+        self._grow()
 
     @precondition(lambda self: self.sending)
     @rule()
     def not_now(self) -> None:
         """Let the other side ask for the same later."""
-        assert self.backlog.settle(AGAIN)
-        self.waiting, self.sending = self.sending + self.waiting, []
+        half_bytes = sum(each.size_bytes for each in self.sending) // 2
+        assert self.backlog.settle(AGAIN) is Settled.LATER
+        if self.turn == "fresh" and not self.again:
+            self.most_bytes["again"] = half_bytes
+        self.most_bytes[self.turn] = half_bytes
+        self.failures += 1
+        self._put_back()
+
+    @precondition(lambda self: len(self.sending) > 1)
+    @rule()
+    def too_large(self) -> None:
+        """Let the other side call it too large."""
+        assert self.backlog.settle(TOO_LARGE) is Settled.SMALLER
+        self.ceiling_bytes = sum(each.size_bytes for each in self.sending) // 2
+        if self.turn == "again" or not self.again:
+            self.failures = 0
+        self._put_back()
 
     @precondition(lambda self: self.sending)
-    @rule(reason=st.sampled_from(["refused", "failed"]))
-    def never(self, reason: str) -> None:
+    @rule(reason=st.sampled_from(["refused", "failed"]), too_large=st.booleans())
+    def never(self, reason: str, too_large: bool) -> None:  # noqa: FBT001 - drawn by name
         """Let the request be refused for good."""
         items = sum(each.items for each in self.sending)
         self._lose(reason, items, self.sending[0].payload, self.sending[-1].payload)
-        assert not self.backlog.settle(Reply(taken=False, reason=reason))
-        self.sending = []
+        reply = Reply(taken=False, reason=reason, too_large=too_large and len(self.sending) == 1)
+        assert self.backlog.settle(reply) is Settled.DONE
+        self._grow()
 
     @rule()
     def flush(self) -> None:
@@ -247,10 +379,24 @@ class AnyHistory(RuleBasedStateMachine):
     @rule()
     def abandon(self) -> None:
         """End it; for the test it begins again."""
-        for each in (*self.sending, *self.waiting):
+        for each in (*self.sending, *self.again, *self.fresh):
             self._lose("shutdown", each.items, each.payload, each.payload)
         self.backlog.abandon()
-        self.waiting, self.sending = [], []
+        self.again, self.fresh, self.sending = [], [], []
+
+    def _put_back(self) -> None:
+        self.again = sorted(self.again + self.sending, key=lambda each: each.payload)
+        self.sending = []
+
+    def _grow(self) -> None:
+        size_bytes = sum(each.size_bytes for each in self.sending)
+        more_bytes = min(self.ceiling_bytes, 2 * max(size_bytes, self.most_bytes[self.turn]))
+        if self.turn == "fresh" and not self.again:
+            self.most_bytes["again"] = more_bytes
+        self.most_bytes[self.turn] = more_bytes
+        if self.turn == "again" or not self.again:
+            self.failures = 0
+        self.sending = []
 
     def _lose(self, reason: str, items: int, first: int, last: int) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + items
@@ -263,20 +409,22 @@ class AnyHistory(RuleBasedStateMachine):
         """Every item is in one place, and it is the right one."""
         books = self.backlog.items()
         assert (books.offered, books.exported, books.dropped) == (self.offered, self.exported, self.dropped)
-        assert books.queued + books.sending == sum(each.items for each in (*self.waiting, *self.sending))
+        assert books.queued == sum(each.items for each in self.fresh)
+        assert books.sending == sum(each.items for each in (*self.again, *self.sending))
+        assert self.backlog.stuck == (self.failures > 0)
         check(self.backlog)
 
     @invariant()
     def bytes_are_bounded(self) -> None:
         """Hold never more than the limit, and what the model holds."""
         held = self.backlog.size_bytes()
-        assert held.queued + held.sending == sum(each.size_bytes for each in (*self.waiting, *self.sending))
+        assert held.queued + held.sending == sum(each.size_bytes for each in (*self.again, *self.fresh, *self.sending))
         assert held.queued + held.sending <= self.limit_bytes
 
     @invariant()
     def flushes_are_settled(self) -> None:
         """End a flush once nothing is here that came before it."""
-        here = [each.payload for each in (*self.sending, *self.waiting)]
+        here = [each.payload for each in (*self.sending, *self.again, *self.fresh)]
         for flush, asked_at in self.flushes:
             assert self.backlog.settled(flush) == all(number > asked_at for number in here)
 
@@ -321,12 +469,12 @@ def test_a_newer_one_ends_the_retries() -> None:
     snapshots = Snapshots()
     snapshots.offer([chunk("a1"), chunk("a2")], 100)
     snapshots.take()
-    assert snapshots.settle(AGAIN)
+    assert snapshots.settle(AGAIN) is Settled.LATER
     snapshots.offer([chunk("b1")], 200)
     assert snapshots.items() == Books(3, 0, {"superseded": 2}, 1, 0)
     assert payloads(snapshots.take()) == ["b1"]
     snapshots.offer([chunk("c1"), chunk("c2")], 300)
-    assert snapshots.settle(AGAIN)
+    assert snapshots.settle(AGAIN) is Settled.LATER
     assert (snapshots.items(), snapshots.exported_ns) == (Books(5, 0, {"superseded": 3}, 2, 0), 0)
     assert send_all(snapshots) == [["c1"], ["c2"]]
     assert snapshots.exported_ns == 300
@@ -348,10 +496,16 @@ def test_a_bad_piece_holds_up_only_itself() -> None:
 
 @pytest.mark.parametrize(
     ("reply", "exported_ns"),
-    [(TAKEN, 200), (Reply(taken=True, rejected=1), 200), (REFUSED, 100), (Reply(taken=False, reason="failed"), 100)],
+    [
+        (TAKEN, 200),
+        (Reply(taken=True, rejected=1), 200),
+        (REFUSED, 200),
+        (TOO_LARGE, 200),
+        (Reply(taken=False, reason="failed"), 100),
+    ],
 )
 def test_time_of_the_newest(reply: Reply, exported_ns: int) -> None:
-    """Only a snapshot of which every piece was taken is out, and a lost piece does not spoil the next snapshot."""
+    """A piece that will never be taken does not count; one that got lost does, but not beyond its snapshot."""
     snapshots = Snapshots()
     snapshots.offer([chunk("a1")], 100)
     send_all(snapshots)
@@ -364,6 +518,15 @@ def test_time_of_the_newest(reply: Reply, exported_ns: int) -> None:
     send_all(snapshots)
     assert snapshots.exported_ns == 300
     check(snapshots)
+
+
+def test_a_snapshot_of_which_nothing_is_taken_is_not_out() -> None:
+    """With a wrong token, say: what it tells has reached nobody."""
+    snapshots = Snapshots()
+    for taken_ns in (100, 200):
+        snapshots.offer([chunk("a1"), chunk("a2")], taken_ns)
+        send_all(snapshots, REFUSED)
+    assert (snapshots.items(), snapshots.exported_ns) == (Books(4, 0, {"refused": 4}, 0, 0), 0)
 
 
 def test_metrics_abandoned() -> None:

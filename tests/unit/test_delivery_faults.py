@@ -141,7 +141,8 @@ def test_refused(make: Made, protocol: str) -> None:
     with server:
         shipper.offer([logs("d")])
         exported(shipper, 4, BACK_SECONDS)
-        assert bodies(server) == [["a", "b", "c", "d"]]
+        # After three failures in a row what was not tried yet may come first.
+        assert sorted(body for request in bodies(server) for body in request) == ["a", "b", "c", "d"]
     assert shipper.books() == Books(4, 4, {}, 0, 0)
     assert shipper.last_error is None
 
@@ -199,7 +200,7 @@ def test_asked_to_wait(make: Made, protocol: str, answer: dict[str, Any]) -> Non
         shipper.offer([logs("b")])
         exported(shipper, 2)
         assert time.monotonic() - began >= 1.0
-        assert bodies(server) == [["a"], ["a", "b"]]
+        assert bodies(server) == [["a"], ["a"], ["b"]]
 
 
 def test_limited_without_a_word(make: Made) -> None:
@@ -225,6 +226,20 @@ def test_refused_for_good(make: Made, protocol: str) -> None:
         shipper.offer([logs("c")])
         assert shipper.flush(time.monotonic() + 10.0)
         assert shipper.books() == Books(3, 1, {"refused": 2}, 0, 0)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_larger_than_the_server_takes(make: Made, protocol: str) -> None:
+    """What is more than a server takes at once arrives in smaller requests; only a chunk that is by itself is lost."""
+    with server_of(protocol) as server:
+        server.most_bytes = 10_000
+        shipper = make.logs(protocol, server.url)
+        small = [f"{number} " + "x" * 1_000 for number in range(40)]
+        shipper.offer([*(logs(body) for body in small[:20]), logs("y" * 10_000), *(logs(body) for body in small[20:])])
+        assert not shipper.flush(time.monotonic() + 10.0)
+        assert shipper.books() == Books(41, 40, {"refused": 1}, 0, 0)
+        server.received[:] = [received for received in server.received if len(received.body) <= server.most_bytes]
+        assert [body for request in bodies(server) for body in request] == small
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

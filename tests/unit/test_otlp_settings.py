@@ -341,7 +341,7 @@ class TestValues:
 SECONDS = "seconds above 0, at most 86400"
 HEADERS = "name=value items split by commas, values percent-encoded, of characters that a header may have"
 GRPC_ENDPOINT = "http://HOST:PORT, https://HOST:PORT, HOST:PORT, unix:PATH or another gRPC name"
-HTTP_ENDPOINT = "http://HOST[:PORT][/PATH] or https://..."
+HTTP_ENDPOINT = "http://HOST[:PORT][/PATH] or https://..., signs like @ in it percent-encoded"
 WRONG = [
     (GRPC, "ENDPOINT", "http://", "http://", GRPC_ENDPOINT),
     (GRPC, "ENDPOINT", "http://:4317", "http://:4317", GRPC_ENDPOINT),
@@ -357,6 +357,10 @@ WRONG = [
     (GRPC, "COMPRESSION", "deflate", "deflate", "none or gzip"),
     (GRPC, "HEADERS", "token-bin=secret", "item 1", HEADERS),
     (GRPC, "HEADERS", "a!=secret", "item 1", HEADERS),
+    (GRPC, "HEADERS", "a=b,gRPC-Timeout=1S", "item 2", HEADERS),
+    (GRPC, "HEADERS", "a=b%09c", "item 1", HEADERS),
+    (GRPC, "HEADERS", "a=b%7Fc", "item 1", HEADERS),
+    (GRPC, "ENDPOINT", "dns:host:1?token=secret", "dns:host:1", GRPC_ENDPOINT),
     (GRPC, "HEADERS", "a=%C3%A9", "item 1", HEADERS),
     (HTTP, "ENDPOINT", "localhost:4318", "localhost:4318", HTTP_ENDPOINT),
     (HTTP, "ENDPOINT", "unix:/run/otlp.sock", "unix:/run/otlp.sock", HTTP_ENDPOINT),
@@ -369,6 +373,20 @@ WRONG = [
         (protocol, name, text, read, accepted)
         for protocol in (GRPC, HTTP)
         for name, text, read, accepted in (
+            *(
+                ("ENDPOINT", text, read, GRPC_ENDPOINT if protocol == GRPC else HTTP_ENDPOINT)
+                for text, read in (
+                    ("http://me:secret/secret@host:1", "http://host:1"),
+                    ("http://me:12/secret@host:1", "http://host:1"),
+                    ("http://me:12?secret@host:1/v1", "http://host:1/v1"),
+                    ("http://me:12#secret@host:1", "http://host:1"),
+                    ("http://secret/me:12@secret@host:1", "http://host:1"),
+                    ("HTTPS://me:secret@secret@host:x", "HTTPS://host:x"),
+                    ("ftp/me:secret@host", "host"),
+                    ("http://host:x/path?api_key=secret", "http://host:x/path"),
+                    ("http://host:x#secret", "http://host:x"),
+                )
+            ),
             ("TIMEOUT", "0", "0", SECONDS),
             ("TIMEOUT", "-1", "-1", SECONDS),
             ("LOGS_TIMEOUT", "10s", "10s", SECONDS),
@@ -420,7 +438,16 @@ class TestWrong:
         with pytest.raises(ConfigError, match="OTEL_LOGS_EXPORTER=otlp_proto_http"):
             http_settings("logs", {variable: "vault"})
 
-    @pytest.mark.parametrize("text", ["socks5://localhost:1080", "https://me:secret@localhost", "http://"])
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "socks5://localhost:1080",
+            "https://me:secret@localhost",
+            "http://",
+            "http://me:12/secret@localhost",
+            "me:12?secret@localhost",
+        ],
+    )
     def test_proxies_of_other_kinds(self, text: str) -> None:
         with pytest.raises(ConfigError) as caught:
             http_settings("logs", {"all_proxy": text})
@@ -451,6 +478,12 @@ def test_no_proxy_as_requests(monkeypatch: pytest.MonkeyPatch, host: str, listed
     """Names, ends of names, addresses and networks."""
     monkeypatch.setenv("no_proxy", listed)
     assert _direct(host, 4318, listed) == requests_utils.should_bypass_proxies(f"http://{host}:4318", None)
+
+
+def test_a_place_has_no_secret() -> None:
+    """It stands in the log."""
+    sink = make_sink("logs", HTTP, {PREFIX + "LOGS_ENDPOINT": "http://me:a@secret@host:1/path?api_key=secret"})
+    assert sink.place == "http://host:1/path"
 
 
 class TestUnheeded:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
 import time
 from functools import partial
@@ -207,7 +208,7 @@ def test_newest_are_kept() -> None:
 
 
 def test_sent_again_until_taken() -> None:
-    """What is not taken now is tried until it is, alone or with what came meanwhile, once and in order."""
+    """What is not taken now is tried until it is, in requests of its own, once and in order."""
     sink = ScriptedSink(AGAIN, AGAIN)
     shipper = make(sink)
     shipper.offer(chunks(1, 2))
@@ -231,7 +232,7 @@ def test_displaced_while_it_waits() -> None:
     shipper.offer(chunks(3, 4, 5))
     assert shipper.books() == Books(5, 0, {"queue_full": 1}, 3, 1)
     wait_until(lambda: shipper.books().exported == 4)
-    assert sink.attempts == [[1, 2], [2, 3, 4, 5]]
+    assert sink.attempts == [[1, 2], [2], [3], [4, 5]]
     assert sink.times[1] - sink.times[0] >= 0.5
     close(shipper)
 
@@ -272,28 +273,123 @@ def test_troubles_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
     )
     shipper = make(sink)
     with caplog.at_level(logging.INFO):
-        shipper.offer(chunks(*range(39)))
-        wait_until(lambda: len(sink.attempts) == 12)
+        for number in range(11):  # so that no more than one goes at once, and each finds what is sent again gone
+            shipper.offer(chunks(number))
+            assert shipper.flush(in_seconds(PATIENCE_SECONDS)) == (number < 3 or number == 10)
         close(shipper)
-    assert caplog.messages == [
+    assert lines(caplog) == [
         "logs: otlp: not taken, kept to be sent again: come back later",
+        "logs: otlp: works again after 2 failures (N s)",
         "logs: otlp: taken, with a warning: mind the gap",
         "logs: otlp: refused, lost: not here, request 0",
         "logs: otlp: taken, some rejected: too old",
+        "logs: otlp: works again after 5 failures (N s)",
     ]
 
 
-def test_trouble_that_changes_is_told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other words are another line, and the same words are, once all was well between."""
-    monkeypatch.setattr(otel_lb_hop.export.shipper, "QUIET_SECONDS", 0.0)
-    words = ["one", "one", "two", None, "two", "two"]
-    sink = ScriptedSink(*[Reply(taken=False, detail=word) if word else TAKEN for word in words])
+def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Give what was logged, but for how long it took."""
+    return [re.sub(r"\(\d+ s\)", "(N s)", line) for line in caplog.messages]
+
+
+def told(caplog: pytest.LogCaptureFixture, *replies: Reply) -> list[str]:
+    """Let chunks be answered like this, one by one and without quiet times; gives the lines."""
+    sink = ScriptedSink(*replies)
     shipper = make(sink)
     with caplog.at_level(logging.INFO):
-        shipper.offer(chunks(*range(24)))
-        wait_until(lambda: len(sink.attempts) == 6)
+        for number in range(len(replies)):
+            shipper.offer(chunks(number))
+            shipper.flush(in_seconds(PATIENCE_SECONDS))
         close(shipper)
-    assert caplog.messages == [f"logs: otlp: refused, lost: {word}" for word in ("one", "two", "two")]
+    return [line.removeprefix("logs: otlp: ") for line in lines(caplog)]
+
+
+def test_trouble_that_changes_is_told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another kind is another line, but not when it comes back; the same kind is, once all was well between."""
+    monkeypatch.setattr(otel_lb_hop.export.shipper, "QUIET_SECONDS", 0.0)
+    words = ["UNAVAILABLE: reset", "TIMEOUT: 1", "UNAVAILABLE: closed", "TIMEOUT: 2", None, "TIMEOUT: 3", "TIMEOUT: 4"]
+    assert told(caplog, *[Reply(taken=False, detail=word) if word else TAKEN for word in words]) == [
+        "refused, lost: UNAVAILABLE: reset",
+        "refused, lost: TIMEOUT: 1",
+        "works again after 4 failures (N s)",
+        "refused, lost: TIMEOUT: 3",
+    ]
+
+
+def test_a_warning_that_stays_is_told_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with failures between."""
+    monkeypatch.setattr(otel_lb_hop.export.shipper, "QUIET_SECONDS", 0.0)
+    warning, failure = Reply(taken=True, detail="mind the gap"), Reply(taken=False, detail="no")
+    assert told(caplog, warning, warning, failure, warning, TAKEN, warning) == [
+        "taken, with a warning: mind the gap",
+        "refused, lost: no",
+        "works again after 1 failures (N s)",
+        "taken, with a warning: mind the gap",
+    ]
+
+
+def test_a_request_that_is_too_large_goes_in_smaller_ones(caplog: pytest.LogCaptureFixture) -> None:
+    """At once, without loss, and the log says so; only a chunk that is too large by itself is lost."""
+    too_large = Reply(taken=False, too_large=True, retry_after_seconds=PATIENCE_SECONDS, detail="HTTP 413")
+    sink = ScriptedSink(too_large, too_large, TAKEN, too_large)
+    shipper = make(sink)
+    with caplog.at_level(logging.INFO):
+        shipper.offer(chunks(1, 2, 3, 4))
+        assert not shipper.flush(in_seconds(PATIENCE_SECONDS / 2))
+        assert close(shipper) == Books(4, 3, {"refused": 1}, 0, 0)
+    assert sink.attempts == [[1, 2, 3, 4], [1, 2], [1], [2], [3], [4]]
+    assert lines(caplog) == [
+        "logs: otlp: larger than the other side takes, kept to go in smaller requests: HTTP 413",
+        "logs: otlp: refused, lost: HTTP 413",
+        "logs: otlp: works again after 1 failures (N s)",
+    ]
+
+
+def test_an_outage_that_is_not_told_does_not_end(caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever fails every second and warns all the time gets no line each time it works again."""
+    warning, failure = Reply(taken=True, detail="mind the gap"), Reply(taken=False, detail="no")
+    assert told(caplog, warning, failure, warning, failure, warning) == [
+        "taken, with a warning: mind the gap",
+        "refused, lost: no",
+        "works again after 1 failures (N s)",
+    ]
+
+
+class PoisonedSink(ScriptedSink):
+    """Never takes what has the poison in it; once it took something, it says so only when it may go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go_on = threading.Event()
+        self.go_on.set()
+
+    def send(self, chunks: list[Chunk], timeout_seconds: float | None = None) -> Reply:
+        """Take it or not."""
+        poisoned = any(chunk.payload == "poison" for chunk in chunks)
+        self.script = [AGAIN] if poisoned else []
+        if poisoned:
+            self.go_on.wait(PATIENCE_SECONDS)
+        else:
+            self.go_on.clear()
+        return super().send(chunks, timeout_seconds)
+
+
+def test_what_is_never_taken_does_not_hold_up_the_rest(caplog: pytest.LogCaptureFixture) -> None:
+    """What comes later arrives, the trouble stays in sight, and the back-off of what does not get through grows."""
+    sink = PoisonedSink()
+    shipper = make(sink)
+    with caplog.at_level(logging.INFO):
+        shipper.offer(chunks("poison"))
+        wait_until(lambda: shipper.state()["failures_in_a_row"] == 3)
+        for number in range(5):
+            shipper.offer(chunks(number))
+            wait_until(lambda: shipper.books().exported == number + 1)  # noqa: B023 - called in this turn
+            assert shipper.last_error == "come back later"
+            sink.go_on.set()
+        assert sink.taken == list(range(5))
+        assert shipper.state()["failures_in_a_row"] >= 5
+        assert close(shipper, 0.5) == Books(6, 5, {"shutdown": 1}, 0, 0)
+    assert caplog.messages == ["logs: otlp: not taken, kept to be sent again: come back later"]
 
 
 def test_a_warning_is_no_error() -> None:
@@ -544,7 +640,8 @@ def test_books_add_up_at_any_time() -> None:
         looker.start()
     for turn in range(200):
         shipper.offer(chunks(*range(turn % 7), items=turn % 3))
-        assert shipper.size_bytes().queued + shipper.size_bytes().sending <= 100
+        held = shipper.size_bytes()  # both of one moment
+        assert held.queued + held.sending <= 100
     stop.set()
     for looker in lookers:
         looker.join(PATIENCE_SECONDS)

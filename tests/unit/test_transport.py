@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import ssl
+import struct
 import subprocess
 import sys
 import threading
@@ -36,7 +38,7 @@ from tests.unit.otlp_sink import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from otel_lb_hop.export.delivery import Sink
 
@@ -89,6 +91,26 @@ def failed(reply: Reply) -> bool:
     return not reply.taken and reply.retry
 
 
+def in_turn(scripts: Sequence[Callable[[socket.socket], object]]) -> Callable[[socket.socket], None]:
+    """Treat each connection as the next of the scripts says."""
+    left = list(scripts)
+
+    def script(peer: socket.socket) -> None:
+        left.pop(0)(peer)
+
+    return script
+
+
+def whole_request(peer: socket.socket) -> bool:
+    """Read a request; whether there was one."""
+    data = b""
+    while b"three" not in data:
+        if not (part := peer.recv(65536)):
+            return False
+        data += part
+    return True
+
+
 @both
 class TestSending:
     """What arrives."""
@@ -114,6 +136,14 @@ class TestSending:
         (items,) = [len(value) for field, value in resource.ListFields()[1][1][0].ListFields() if field.number == 2]
         assert items == 1
         assert message.DESCRIPTOR.name == f"Export{signal.capitalize().replace('Traces', 'Trace')}ServiceRequest"
+
+    def test_each_signal_has_a_connection_of_its_own(self, protocol: str, server: GrpcServer | HttpServer) -> None:
+        # Metrics never wait behind records.
+        sinks = [make(protocol, server.url, signal) for signal in ("logs", "metrics")]
+        assert all(sink.send([Chunk(ENVELOPE, b"\x12\x00", 1, 2)]).taken for sink in sinks)
+        assert len({received.connection for received in server.received}) == 2
+        for sink in sinks:
+            sink.close()
 
     @pytest.mark.parametrize("tls", [False, True])
     def test_a_connection_is_kept(self, protocol: str, tls: bool, certificates: Certificates) -> None:  # noqa: FBT001
@@ -141,6 +171,8 @@ class TestSending:
 
 DATE = "Sun, 06 Nov 1994 08:49:37 GMT"
 DATE_SECONDS = 784_111_777.0
+LATER_DATE = "Sun, 06 Nov 1994 08:50:37 GMT"
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
 GRPC_ANSWERS = [
     (Answer(grpc_code="UNAVAILABLE"), Reply(taken=False, retry=True, detail="UNAVAILABLE:")),
     (
@@ -150,6 +182,23 @@ GRPC_ANSWERS = [
     (
         Answer(grpc_code="RESOURCE_EXHAUSTED", message="too much"),
         Reply(taken=False, detail="RESOURCE_EXHAUSTED: too much"),
+    ),
+    (
+        Answer(grpc_code="RESOURCE_EXHAUSTED", message="larger than max, later", retry_info_seconds=2),
+        Reply(taken=False, retry=True, retry_after_seconds=2.0, detail="RESOURCE_EXHAUSTED: larger than max, later"),
+    ),
+    *(
+        (Answer(grpc_code=code, message=text), Reply(taken=False, too_large=True, detail=f"{code}: {text}"))
+        for code, text in (
+            ("RESOURCE_EXHAUSTED", "SERVER: Received message larger than max (2072598 vs. 1048576)"),
+            ("RESOURCE_EXHAUSTED", "grpc: received message after decompression larger than max 4194304"),
+            ("RESOURCE_EXHAUSTED", "gRPC message exceeds maximum size 4194304: 5000000"),
+            ("RESOURCE_EXHAUSTED", "Received message exceeds the maximum configured message size."),
+            (
+                "OUT_OF_RANGE",
+                "Error, decoded message length too large: found 5000000 bytes, the limit is: 4194304 bytes",
+            ),
+        )
     ),
     (
         Answer(grpc_code="RESOURCE_EXHAUSTED", retry_info_seconds=0),
@@ -179,6 +228,10 @@ HTTP_ANSWERS = [
         Reply(taken=False, retry=True, retry_after_seconds=20.0, detail="HTTP 503 Service Unavailable:"),
     ),
     (
+        Answer(http_status=503, retry_after=LATER_DATE, date=DATE),
+        Reply(taken=False, retry=True, retry_after_seconds=60.0, detail="HTTP 503 Service Unavailable:"),
+    ),
+    (
         Answer(http_status=503, retry_after="tomorrow", message="<h1>\ngone\n</h1>", content_type="text/html"),
         Reply(taken=False, retry=True, detail="HTTP 503 Service Unavailable: <h1> gone </h1>"),
     ),
@@ -190,13 +243,12 @@ HTTP_ANSWERS = [
             (400, "400 Bad Request"),
             (401, "401 Unauthorized"),
             (404, "404 Not Found"),
-            (413, "413 Request Entity Too Large"),
             (500, "500 Internal Server Error"),
         )
     ),
     *(
         (
-            Answer(http_status=status, location="http://127.0.0.1:1/elsewhere"),
+            Answer(http_status=status, location="http://me:secret@127.0.0.1:1/elsewhere?token=secret"),
             Reply(
                 taken=False,
                 detail=f"HTTP {reason}: redirected to http://127.0.0.1:1/elsewhere; redirects are not followed",
@@ -207,6 +259,24 @@ HTTP_ANSWERS = [
     (
         Answer(body=partial(1).body, cut_after=1),
         Reply(taken=True, detail="taken, with an answer that cannot be read: no end of a number"),
+    ),
+    (
+        Answer(http_status=413, message="no", retry_after="7"),
+        Reply(taken=False, too_large=True, detail="HTTP 413 Request Entity Too Large: no"),
+    ),
+    *(
+        (
+            Answer(body, http_status=status, content_type=content_type),
+            Reply(taken=False, detail=f"HTTP {reason}: a web page, and no answer of an OTLP server"),
+        )
+        for body, status, reason, content_type in (
+            (b"Please log in", 200, "200 OK", "text/html; charset=utf-8"),
+            (b"\r\n <!doctype html>", 203, "203 Non-Authoritative Information", "application/octet-stream"),
+        )
+    ),
+    (
+        Answer(b"{}", content_type="application/json"),
+        Reply(taken=True, detail="taken, with an answer that cannot be read: wire type 3"),
     ),
     (Answer(http_status=202), Reply(taken=True)),
 ]
@@ -250,7 +320,7 @@ class TestAnswers:
 
     @both
     def test_an_unreadable_answer_of_success_is_success(self, server: GrpcServer | HttpServer, sink: Sink) -> None:
-        for body in (b"\xff", b"<html>", bytes(range(256)), b"\x0a\x7f"):
+        for body in (b"\xff", b"ok", bytes(range(256)), b"\x0a\x7f"):
             server.play(Answer(body))
             reply = sink.send(CHUNKS)
             assert reply.taken
@@ -264,17 +334,68 @@ class TestAnswers:
         assert [sink.send(CHUNKS).retry for _ in range(3)] == [True, True, False]
         sink.close()
 
-    def test_an_answer_before_the_end_of_the_body_is_heard(self) -> None:
+    @pytest.mark.parametrize("scheme", ["http", "https"])
+    def test_an_answer_before_the_end_of_the_body_is_heard(self, scheme: str, certificates: Certificates) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificates.server, certificates.server_key)
+
         def script(peer: socket.socket) -> None:
-            peer.recv(1000)
-            peer.sendall(b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n")
+            with context.wrap_socket(peer, server_side=True) if scheme == "https" else peer as speaking:
+                speaking.recv(1000)
+                speaking.sendall(b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n")
 
         payload = text(2, "x" * (32 << 20))
         with TcpPeer(script) as peer:
-            sink = make(HTTP, f"http://127.0.0.1:{peer.port}")
+            sink = make(HTTP, f"{scheme}://127.0.0.1:{peer.port}", CERTIFICATE=certificates.ca)
             for _ in range(2):
                 reply = sink.send([Chunk(ENVELOPE, payload, 1, len(payload))])
-                assert reply == Reply(taken=False, detail="HTTP 413 Too Large:")
+                assert reply == Reply(taken=False, too_large=True, detail="HTTP 413 Too Large:")
+            sink.close()
+
+    @pytest.mark.parametrize(
+        ("answer", "expected"),
+        [
+            (b"HTTP/1.1 100 Continue\r\n\r\n" + OK, Reply(taken=True)),
+            (b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + b"HTTP/1.1 102 Wait\r\n\r\n" + OK, Reply(taken=True)),
+            (
+                b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 101 + b"Content-Length: 0\r\n\r\n",
+                Reply(taken=False, detail="HTTPException: got more than 100 headers"),
+            ),
+            (
+                b"HTTP/1.1 200 OK\r\nX: " + b"y" * 70_000 + b"\r\nContent-Length: 0\r\n\r\n",
+                Reply(taken=False, detail="LineTooLong: got more than 65536 bytes when reading header line"),
+            ),
+        ],
+        ids=["100", "103 and 102", "too many headers", "a long header"],
+    )
+    def test_heads_of_answers(self, answer: bytes, expected: Reply) -> None:
+        def script(peer: socket.socket) -> None:
+            while whole_request(peer):
+                peer.sendall(answer)
+
+        with TcpPeer(script) as peer:
+            sink = make(HTTP, f"http://127.0.0.1:{peer.port}")
+            assert [sink.send(CHUNKS) for _ in range(2)] == [expected] * 2
+            sink.close()
+
+    def test_what_a_proxy_of_grpc_calls_too_large(self) -> None:
+        # nginx answers so, without a word of gRPC; here a server of HTTP/2 with one answer, in frames.
+        head = b"\x08\x03413"  # :status, indexed name 8, a literal value
+        headers = len(head).to_bytes(3, "big") + b"\x01\x05" + (1).to_bytes(4, "big") + head
+        settings = bytes(3) + b"\x04\x00" + bytes(4)
+
+        def script(peer: socket.socket) -> None:
+            peer.sendall(settings)
+            whole_request(peer)
+            peer.sendall(headers)
+            while peer.recv(65536):
+                pass
+
+        with TcpPeer(script) as peer:
+            sink = make(GRPC, f"http://127.0.0.1:{peer.port}", TIMEOUT="5")
+            reply = sink.send(CHUNKS)
+            assert (reply.taken, reply.retry, reply.too_large) == (False, False, True)
+            assert "413" in reply.detail
             sink.close()
 
     def test_a_long_body_of_a_refusal_is_not_read_to_its_end(self) -> None:
@@ -386,6 +507,82 @@ class TestOutages:
             assert fail(100) < before + 20
             for sink in sinks:
                 sink.close()
+
+
+class TestKeptConnections:
+    """A server may end a connection that is not used, and cannot know that it is about to be."""
+
+    @staticmethod
+    def replies(*scripts: Callable[[socket.socket], object]) -> list[Reply]:
+        """Send twice to a peer that treats its connections like this."""
+        with TcpPeer(in_turn(scripts)) as peer:
+            sink = make(HTTP, f"http://127.0.0.1:{peer.port}")
+            replies = [sink.send(CHUNKS), sink.send(CHUNKS)]
+            sink.close()
+        return replies
+
+    @staticmethod
+    def answer(peer: socket.socket, count: int = 1) -> None:
+        for _ in range(count):
+            assert whole_request(peer)
+            peer.sendall(OK)
+
+    def answer_once_then_end(self, peer: socket.socket) -> None:
+        self.answer(peer)
+        assert whole_request(peer)
+
+    def answer_once_then_reset(self, peer: socket.socket) -> None:
+        self.answer_once_then_end(peer)
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    def answer_once_then_begin(self, peer: socket.socket) -> None:
+        self.answer_once_then_reset(peer)
+        peer.sendall(b"HTTP/1.1 20")
+        time.sleep(0.1)  # a reset overtakes what was not read yet
+
+    def test_one_that_ends_under_a_request_is_no_failure(self) -> None:
+        for script in (self.answer_once_then_end, self.answer_once_then_reset):
+            assert self.replies(script, self.answer) == [Reply(taken=True)] * 2
+
+    def test_once_only(self) -> None:
+        first, second = self.replies(self.answer_once_then_end, whole_request)
+        assert first.taken
+        assert failed(second)
+
+    def test_a_new_one_that_ends_is_a_failure(self) -> None:
+        first, second = self.replies(whole_request, self.answer)
+        assert failed(first)
+        assert second.taken
+
+    def test_not_after_the_beginning_of_an_answer(self) -> None:
+        first, second = self.replies(self.answer_once_then_begin, self.answer)
+        assert first.taken
+        assert failed(second)
+
+    def test_the_limit_holds_for_both(self) -> None:
+        def hang(peer: socket.socket) -> None:
+            while peer.recv(65536):
+                pass
+
+        with TcpPeer(in_turn([self.answer_once_then_end, hang])) as peer:
+            sink = make(HTTP, f"http://127.0.0.1:{peer.port}")
+            assert sink.send(CHUNKS).taken
+            assert sink.send(CHUNKS, timeout_seconds=0.3) == Reply(
+                taken=False, retry=True, detail="TimeoutError: timed out"
+            )
+            sink.close()
+
+    def test_head_and_body_go_without_delay(self) -> None:
+        # With Nagle's algorithm the body waits for the acknowledgement of the head: 40 ms, each time.
+        with HttpServer() as server:
+            sink = make(HTTP, server.url)
+            times = []
+            for _ in range(20):
+                began = time.monotonic()
+                assert sink.send(CHUNKS).taken
+                times.append(time.monotonic() - began)
+            sink.close()
+        assert min(times[1:]) < 0.03
 
 
 def test_packets_that_nobody_answers_take_the_time_of_connecting_only() -> None:
@@ -595,6 +792,42 @@ class TestTls:
         with pytest.raises(ConfigError, match="OTEL_EXPORTER_OTLP_CERTIFICATE: read"):
             make(protocol, "https://localhost", CERTIFICATE=str(garbage))
 
+    def test_files_that_are_empty_are_told_at_once(
+        self, protocol: str, certificates: Certificates, tmp_path: Path
+    ) -> None:
+        empty = tmp_path / "empty"
+        empty.touch()
+        pair = {"CLIENT_CERTIFICATE": certificates.client, "CLIENT_KEY": certificates.client_key}
+        for name in ("CERTIFICATE", "CLIENT_CERTIFICATE", "CLIENT_KEY"):
+            with pytest.raises(ConfigError, match=str(empty)):
+                make(protocol, "https://localhost", **(pair | {name: str(empty)}))
+
+    @pytest.mark.parametrize("name", ["ca", "client", "client_key"])
+    def test_a_file_that_is_empty_for_a_moment_is_no_end(
+        self, protocol: str, certificates: Certificates, tmp_path: Path, name: str
+    ) -> None:
+        path = tmp_path / name
+        shutil.copy(getattr(certificates, name), path)
+        files = certificates._replace(**{name: str(path)})
+        mutual = {"mutual": True} if protocol == GRPC else {}
+        with make_server(protocol, certificates, **mutual) as server, Relay(server.port, 0) as relay:
+            sink = make(
+                protocol,
+                f"https://localhost:{relay.port}",
+                CERTIFICATE=files.ca,
+                CLIENT_CERTIFICATE=files.client,
+                CLIENT_KEY=files.client_key,
+            )
+            assert failed(sink.send(CHUNKS)), "so that the files are read again"
+            relay.answer_bytes = None
+            path.write_bytes(b"")
+            reply = sink.send(CHUNKS)
+            assert failed(reply)
+            assert str(path) in reply.detail
+            shutil.copy(getattr(certificates, name), path)
+            assert sink.send(CHUNKS) == Reply(taken=True)
+            sink.close()
+
     def test_an_encrypted_key_is_told_and_no_password_asked_for(
         self, protocol: str, certificates: Certificates, tmp_path: Path
     ) -> None:
@@ -608,6 +841,13 @@ class TestTls:
         sink = make(protocol, server.url, CERTIFICATE="/nowhere", CLIENT_CERTIFICATE="/nowhere")
         assert sink.send(CHUNKS).taken
         sink.close()
+
+
+def test_the_usual_roots_are_there() -> None:
+    """Whoever names none trusts those of the public."""
+    sink = HttpSink(http_settings("logs", {"OTEL_EXPORTER_OTLP_ENDPOINT": "https://localhost"}))
+    assert sink._tls
+    assert sink._tls.cert_store_stats()["x509_ca"] > 50
 
 
 def test_a_name_is_looked_for_where_names_belong(certificates: Certificates, tmp_path: Path) -> None:
