@@ -18,7 +18,7 @@ check: setup ## formatting, linting, types, layers: ruff, mypy, import-linter, c
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports --no-logo
-	.venv/bin/clang-format --dry-run --Werror bpf/*.[ch] bpf/include/*/*.h tests/bench/*.c
+	.venv/bin/clang-format --dry-run --Werror bpf/*.[ch] bpf/include/*/*.h tests/lab/*.c
 	shellcheck tests/*.sh .ci/run
 
 .PHONY: test
@@ -42,7 +42,7 @@ lab: setup ## a lab to look around in: make lab CMD="up --nodes 3"
 format: setup ## format the sources
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
-	.venv/bin/clang-format -i bpf/*.[ch] bpf/include/*/*.h tests/bench/*.c
+	.venv/bin/clang-format -i bpf/*.[ch] bpf/include/*/*.h tests/lab/*.c
 
 .PHONY: clean
 clean: ## remove what the commands made in this tree
