@@ -57,10 +57,12 @@ def points(request: ExportMetricsServiceRequest) -> Iterator[Point]:
 
 
 def records(request: ExportLogsServiceRequest) -> Iterator[Record]:
-    """Decode every log record of an export."""
+    """Decode every log record of an export that tells of a connection; lines of the agents' own logs are no events."""
     for resource in request.resource_logs:
         for scope in resource.scope_logs:
             for log in scope.log_records:
+                if not log.event_name:
+                    continue
                 alone = ExportLogsServiceRequest()
                 kept = alone.resource_logs.add(resource=resource.resource, schema_url=resource.schema_url)
                 kept.scope_logs.add(scope=scope.scope, schema_url=scope.schema_url, log_records=[log])
