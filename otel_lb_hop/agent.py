@@ -81,6 +81,7 @@ METRICS_RESERVE_SECONDS = 1.0
 SETTLED_NS = 10 * 10**9
 """Out of use for so long, a VIP port has no handshake open any more."""
 CLOCK_STEP_NS = 10**9
+"""The wall clock was set by more than that: for once it does not tell how long a row has been out of use."""
 VERDICT_AFTER_NS = 5 * 10**9
 """A client that gets no answer sends its SYN again after one second (RFC 6298, 2.1), and at least once more by now."""
 

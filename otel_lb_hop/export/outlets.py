@@ -193,7 +193,8 @@ class LinesOutlet:
         self._lost = lost
         chunks = encode_lines(lines, self._envelope)
         self._encoded += sum(chunk.items for chunk in chunks)
-        self.shipper.offer(chunks)
+        if chunks:
+            self.shipper.offer(chunks)
 
     def stages(self) -> tuple[Stage, ...]:
         """Give `encode`, `queue` and `transport`."""
