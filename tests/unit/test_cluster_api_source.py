@@ -235,10 +235,17 @@ def test_cut_watch(api: FakeApi, tmp_path: Path) -> None:
 
 def test_watches_that_tell_nothing(api: FakeApi, tmp_path: Path) -> None:
     """That the server begins watches does not show that what is known is what it has."""
-    api.moods[f"{NODES}?watch"] = cut
+    looked = threading.Event()
+
+    def cut_later(handler: Handler) -> None:
+        looked.wait(10.0)  # while a watch is open, the time of contact is that of its beginning
+        cut(handler)
+
+    api.moods[f"{NODES}?watch"] = cut_later
     with Consumer(api, tmp_path) as consumer:
         consumer.until(consumer.synced)
         listed_ns = consumer.state(Kind.NODES).contact_ns
+        looked.set()
         consumer.until(lambda: api.count(NODES, watch=True) >= 3)
         consumer.until(lambda: consumer.state(Kind.NODES).contact_ns == listed_ns)
         api.moods.clear()
