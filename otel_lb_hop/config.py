@@ -137,7 +137,9 @@ def _policies(text: str) -> frozenset[Policy]:
     return _POLICY_SETS[text.lower()]
 
 
-def _one_of(*words: str) -> Callable[[str], str]:
+def one_of(*words: str) -> Callable[[str], str]:
+    """Make a parser that takes these words, in upper or lower case, and gives the lower one."""
+
     def parse(text: str) -> str:
         if text.lower() not in words:
             raise ValueError
@@ -231,7 +233,7 @@ KUBERNETES: Final = Setting(
     "auto, on or off",
     "The API server as a source: by `KUBECONFIG` if set, else as a pod; `auto` is off where there is neither, "
     "`on` then takes ~/.kube/config.",
-    _one_of("auto", "on", "off"),
+    one_of("auto", "on", "off"),
 )
 POLICY: Final = Setting(
     PREFIX + "POLICY",
@@ -245,7 +247,7 @@ EXTERNAL_IPS: Final = Setting(
     "true",
     "true or false",
     "Whether `spec.externalIPs` of Services are VIPs.",
-    _one_of("true", "false"),
+    one_of("true", "false"),
 )
 CONNTRACK: Final = Setting(
     PREFIX + "CONNTRACK",
@@ -253,7 +255,7 @@ CONNTRACK: Final = Setting(
     "auto, on or off",
     "Conntrack events for UDP and SCTP VIP ports: `auto` only while there is one, `on` always and for the node's own "
     "TCP calls too. It costs some microseconds for each new connection of the node.",
-    _one_of("auto", "on", "off"),
+    one_of("auto", "on", "off"),
 )
 POD_NAME: Final = Setting(
     PREFIX + "POD_NAME", "", _PRINTABLE, "Name of the agent's pod (downward API: `metadata.name`).", _name
@@ -295,7 +297,7 @@ LOG_LEVEL: Final = Setting(
     "info",
     "debug, info, warning or error",
     "Least severity of the agent's own log.",
-    _one_of("debug", "info", "warning", "error"),
+    one_of("debug", "info", "warning", "error"),
 )
 
 SETTINGS: Final[tuple[Setting[object], ...]] = (

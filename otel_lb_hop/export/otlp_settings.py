@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from otel_lb_hop import __version__
+from otel_lb_hop.config import one_of
 from otel_lb_hop.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def grpc_settings(signal: str, environ: Mapping[str, str]) -> GrpcSettings:
         tls=None if _insecure(reader, endpoint.partition(":")[0].lower()) else _tls(reader, ()),
         provider=_provider(reader),
         headers=_headers(reader, _GRPC_NAME, _GRPC_VALUE),
-        compression=reader.parse("COMPRESSION", "none", "none or gzip", _one_of("none", "gzip")),
+        compression=reader.parse("COMPRESSION", "none", "none or gzip", one_of("none", "gzip")),
         timeout_seconds=_timeout(reader),
         retry_codes=_retry_codes(reader),
     )
@@ -152,7 +153,7 @@ def http_settings(signal: str, environ: Mapping[str, str]) -> HttpSettings:
     url = reader.checked(variable, endpoint, _HTTP_ENDPOINT, _url, urlsplit("http://localhost"))
     if variable != reader.own("ENDPOINT"):
         url = urlsplit(f"{url.geturl().removesuffix('/')}/v1/{signal}")
-    compression = reader.parse("COMPRESSION", "none", "none, gzip or deflate", _one_of("none", "gzip", "deflate"))
+    compression = reader.parse("COMPRESSION", "none", "none, gzip or deflate", one_of("none", "gzip", "deflate"))
     headers = {"content-type": "application/x-protobuf", "user-agent": USER_AGENT}
     headers |= dict(_headers(reader, _HTTP_NAME, _HTTP_VALUE))
     if compression != "none":
@@ -238,15 +239,6 @@ class _Reader:
             raise ConfigError(self._problems)
 
 
-def _one_of(*words: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text.lower() not in words:
-            raise ValueError
-        return text.lower()
-
-    return parse
-
-
 def _seconds(text: str) -> float:
     seconds = float(text)
     if not (math.isfinite(seconds) and 0 < seconds <= MAX_TIMEOUT_SECONDS):
@@ -287,7 +279,7 @@ def _whole(url: SplitResult) -> SplitResult:
 
 def _insecure(reader: _Reader, scheme: str) -> bool:
     """Whether gRPC goes in the clear: never for https, else as INSECURE says, else for http alone."""
-    word = reader.parse("INSECURE", "", "true or false", _one_of("true", "false", ""))
+    word = reader.parse("INSECURE", "", "true or false", one_of("true", "false", ""))
     return scheme != "https" and (word == "true" if word else scheme == "http")
 
 

@@ -221,4 +221,4 @@ def _make_encoder(signal: str, sink: Sink, resource: Resource, node_name: str, s
         return (LogEncoder if signal == "logs" else SpanEncoder)(resource, node_name, sampling)
     from otel_lb_hop.export.sdk_records import SdkEncoder, SdkRecords  # noqa: PLC0415 - see above
 
-    return SdkEncoder(signal, SdkRecords(resource, node_name, sampling), sampling)
+    return SdkEncoder(signal, SdkRecords(resource, node_name, sampling))

@@ -47,8 +47,14 @@ STATUS_ERROR = 2
 _DOUBLE = struct.Struct("<d")
 _THREE_BYTES = 1 << 14
 """From here on the varint of a 16-bit number has three bytes."""
-_HEADS = [wire.tag(2, wire.DELIMITED) + wire.varint(size) for size in range(4_096)]
-"""What stands before a record of so many bytes: field 2 of ScopeLogs and ScopeSpans."""
+
+
+def _head(size: int) -> bytes:
+    """Write what stands before a record of so many bytes: field 2 of ScopeLogs and ScopeSpans."""
+    return wire.tag(2, wire.DELIMITED) + wire.varint(size)
+
+
+_HEADS = [_head(size) for size in range(4_096)]
 
 
 class _Texts:
@@ -145,10 +151,6 @@ class _Encoder:
         self, records: Sequence[RawRecord], courses: Sequence[Course | None], offset_ns: int, observed_ns: int
     ) -> list[bytes]:
         raise NotImplementedError
-
-
-def _head(size: int) -> bytes:
-    return wire.tag(2, wire.DELIMITED) + wire.varint(size)
 
 
 class LogEncoder(_Encoder):

@@ -22,7 +22,7 @@ POINTS_PER_MESSAGE = 500
 """A point takes some 400 bytes, a Collector's gRPC server 4 MiB a message: 5,000 Services are more than that. And the
 encoder needs many times the memory of what it encodes."""
 
-_OTLP_ENTRY_POINT = {"grpc": "otlp_proto_grpc", "http/protobuf": "otlp_proto_http"}
+_SDK_OTLP = frozenset({"otlp_proto_grpc", "otlp_proto_http"})
 
 
 _STDOUT_FILENO = 1
@@ -107,6 +107,6 @@ def make_sdk_sink(signal: str, name: str) -> Sink:
 def _sink_options(signal: str, name: str) -> dict[str, Any]:
     if name == "console":
         return {"out": _STDOUT}
-    if signal == "metrics" and name in _OTLP_ENTRY_POINT.values():
+    if signal == "metrics" and name in _SDK_OTLP:
         return {"max_export_batch_size": POINTS_PER_MESSAGE}
     return {}

@@ -44,7 +44,7 @@ class SdkRecords:
         self.resource = resource
         self._node_name = node_name
         self._scope = InstrumentationScope(semconv.SCOPE_NAME, __version__, semconv.SCHEMA_URL)
-        self._sampling = sampling
+        self.sampling = sampling
 
     def log_record(self, connection: Connection, observed_ns: int) -> ReadableLogRecord:
         """Make the log record of a connection."""
@@ -57,7 +57,7 @@ class SdkRecords:
             severity_text=word,
             severity_number=SeverityNumber(number),
             body=record_content.sentence(connection, self._node_name),
-            attributes=record_content.log_attributes(course, self._node_name, self._sampling)
+            attributes=record_content.log_attributes(course, self._node_name, self.sampling)
             | record_content.connection_attributes(connection),
             event_name=record_content.event_name(course),
         )
@@ -95,33 +95,32 @@ class SdkRecords:
         )
 
     def _trace_state(self, course: Course) -> TraceState:
-        return TraceState([("ot", tracestate(self._sampling.of(course)))])
+        return TraceState([("ot", tracestate(self.sampling.of(course)))])
 
 
 class SdkEncoder:
     """Does for an exporter of the SDK what an encoder of `records` does for OTLP: the chunks hold objects."""
 
-    def __init__(self, signal: str, maker: SdkRecords, sampling: record_content.Sampling) -> None:
+    def __init__(self, signal: str, maker: SdkRecords) -> None:
         self.signal = signal
         self.encoded = 0
         self.not_sampled = 0
         self._maker = maker
-        self._sampling = sampling
 
     def introduce(self, resource: Resource) -> None:
         """Name another resource from now on."""
         self._maker.resource = resource
 
     def encode(
-        self, batch: Sequence[RawRecord], courses: Sequence[Course | None], offset_ns: int, observed_ns: int
+        self, records: Sequence[RawRecord], courses: Sequence[Course | None], offset_ns: int, observed_ns: int
     ) -> list[Chunk]:
         """Make chunks of the records that have a course."""
         not_sampled = 0
         made: list[ReadableLogRecord | ReadableSpan] = []
-        for record, course in zip(batch, courses, strict=True):
+        for record, course in zip(records, courses, strict=True):
             if course is None:
                 continue
-            if not self._sampling.keeps(course, record[3]):
+            if not self._maker.sampling.keeps(course, record[3]):
                 not_sampled += 1
                 continue
             connection = tell(record, course, offset_ns)

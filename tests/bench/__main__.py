@@ -14,7 +14,6 @@ import math
 import os
 import socket
 import statistics
-import struct
 import subprocess
 import tempfile
 import time
@@ -26,10 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from otel_lb_hop.core.layout import Settings
-from otel_lb_hop.core.topology import Topology
 from otel_lb_hop.kernel import bpf, loader
-from otel_lb_hop.kernel.tables import KernelTables
-from otel_lb_hop.model import Backend, Cluster, Policy, Transport, VipPort, pack_address
 from tests.bench.cluster import cluster_costs
 from tests.bench.datagrams import datagram_costs
 from tests.bench.measure import (
@@ -47,6 +43,7 @@ from tests.bench.measure import (
 from tests.bench.metrics import metrics_costs
 from tests.bench.records import record_costs
 from tests.bench.traffic import PORT, VIP, Path3, agents, traffic_path
+from tests.kernel.burst import Burst, packet
 from tests.lab.agent import Agent
 
 if TYPE_CHECKING:
@@ -177,36 +174,28 @@ def _counted(output: str) -> int:
 def packet_costs() -> Iterator[Row]:
     """Run the programs on single kinds of packets against an empty program, caches warm."""
     loaded = loader.load()
-    tables = KernelTables(loaded)
-    tables.set_settings(Settings(5 * 10**9, 0, 1, 10**9))
-    backend = Backend(pack_address("10.100.2.2"), 8080, "node2", "zone-b")
-    vip_port = VipPort(pack_address(VIP), PORT, Transport.TCP, "default", "web", Policy.CLUSTER, (backend,))
-    topology = Topology("node1")
-    topology.replace(Cluster((vip_port,)), 1)
-    tables.apply(topology.tables)
+    Burst(loaded, Settings(5 * 10**9, 0, 1, 10**9))  # it serves our VIP port
     ingress, egress = loaded.programs["lbh_ingress"], loaded.programs["lbh_egress"]
     data = _segment(PORT, 7, 0x18)
     base = _fastest(empty_program(), data)
     yield Row("empty program", base, "ns")
-    for name, fd, packet, aim in (
+    for name, fd, frame, aim in (
         ("data segment in", ingress, data, 15),
         ("data segment out", egress, data, 15),
         ("SYN to a port that is no VIP port, in", ingress, _segment(PORT + 1, 0, 0x02), None),
         ("SYN to a VIP port, in (known)", ingress, _segment(PORT, 0, 0x02), None),
     ):
-        extra = _fastest(fd, packet) - base
+        extra = _fastest(fd, frame) - base
         yield Row(f"{name}, over the empty one", extra, "ns", f"<= {aim}" if aim else "", not aim or extra <= aim)
     yield Row("compile and load", loaded.compile_seconds, "s")
 
 
-def _fastest(fd: int, packet: bytes) -> float:
-    return float(min(bpf.run_program(fd, packet, repeat=200_000)[2] for _ in range(5)))
+def _fastest(fd: int, frame: bytes) -> float:
+    return float(min(bpf.run_program(fd, frame, repeat=200_000)[2] for _ in range(5)))
 
 
 def _segment(port: int, ack: int, flags: int) -> bytes:
-    addresses = socket.inet_aton("192.168.0.2") + socket.inet_aton(VIP)
-    ip = struct.pack("!BBHHHBBH", 0x45, 0, 40, 0, 0, 64, 6, 0) + addresses
-    return bytes(12) + b"\x08\x00" + ip + struct.pack("!HHIIBBHHH", 40000, port, 7, ack, 0x50, flags, 1, 0, 0)
+    return bytes(packet(("192.168.0.2", 40000), (VIP, port), flags, 7, ack))
 
 
 def _told(console: Console, measurement: Iterator[Row]) -> Iterator[Row]:

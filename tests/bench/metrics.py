@@ -5,7 +5,6 @@ Real tables, with rows written as the programs would have counted; no packet pas
 
 from __future__ import annotations
 
-import os
 import statistics
 import struct
 import time
@@ -28,6 +27,7 @@ from otel_lb_hop.kernel.bpf import possible_cpus
 from otel_lb_hop.kernel.tables import KernelTables
 from otel_lb_hop.model import Backend, Cluster, Transport, VipPort, pack_address
 from tests.bench.measure import Row
+from tests.kernel.rig import close
 from tests.lab.waiting import wait_for
 
 if TYPE_CHECKING:
@@ -100,11 +100,7 @@ def _exporter(vip_ports: int) -> Iterator[tuple[KernelTables, Callable[[], list[
 
         yield tables, export
     finally:
-        maps = (loaded.vip_ports, loaded.backends, loaded.vip_stats, loaded.hop_stats, loaded.places, loaded.uplinks)
-        for fd in {*loaded.programs.values(), loaded.settings.fd, loaded.events.fd, loaded.records_fd}:
-            os.close(fd)
-        for each in maps:
-            os.close(each.fd)
+        close(loaded)
 
 
 def _written(tables: KernelTables, topology: Topology) -> bool:

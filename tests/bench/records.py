@@ -95,7 +95,7 @@ def pipeline_costs() -> Iterator[Row]:
             LogEncoder(resource, "node1", sampling).encode, Shipper("logs", make_sink("logs", "grpc", environ), 1 << 28)
         )
         sdk = Encoder(
-            SdkEncoder("logs", SdkRecords(resource, "node1", sampling), sampling).encode,
+            SdkEncoder("logs", SdkRecords(resource, "node1", sampling)).encode,
             Shipper("logs", make_sdk_sink("logs", "otlp_proto_grpc"), 1 << 28),
         )
         sdk_seconds, our_seconds = pipeline(kernel, sdk, SDK_ROUNDS), pipeline(kernel, ours, OURS_ROUNDS)

@@ -33,9 +33,9 @@ class Burst:
         self.tables.apply(self.topology.tables)
         self.ring = Ring(loaded.records_fd, loaded.sizes.ring_pages)
         self._made = 0
-        self._syn = _packet(("198.51.100.7", 0), ("10.0.10.9", 80), 0x02)
-        self._translated = _packet(("172.18.0.1", 0), ("10.100.2.2", 8080), 0x02)
-        self._answer = _packet(("10.0.10.9", 80), ("198.51.100.7", 0), 0x12)
+        self._syn = packet(("198.51.100.7", 0), ("10.0.10.9", 80), 0x02)
+        self._translated = packet(("172.18.0.1", 0), ("10.100.2.2", 8080), 0x02)
+        self._answer = packet(("10.0.10.9", 80), ("198.51.100.7", 0), 0x12)
 
     def answer(self, count: int) -> None:
         """Let so many connections come in, be translated and be answered, each with a port and an ISN of its own."""
@@ -53,8 +53,11 @@ class Burst:
         self._made += count
 
 
-def _packet(source: tuple[str, int], destination: tuple[str, int], flags: int) -> bytearray:
+def packet(
+    source: tuple[str, int], destination: tuple[str, int], flags: int, sequence: int = 0, ack: int = 0
+) -> bytearray:
+    """Make an Ethernet frame with a TCP segment without content, from and to (IPv4 address, port)."""
     addresses = socket.inet_aton(source[0]) + socket.inet_aton(destination[0])
     ip = struct.pack("!BBHHHBBH", 0x45, 0, 40, 0, 0, 64, 6, 0) + addresses
-    tcp = struct.pack("!HHIIBBHHH", source[1], destination[1], 0, 0, 0x50, flags, 1, 0, 0)
+    tcp = struct.pack("!HHIIBBHHH", source[1], destination[1], sequence, ack, 0x50, flags, 1, 0, 0)
     return bytearray(bytes(12) + b"\x08\x00" + ip + tcp)

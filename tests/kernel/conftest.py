@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 import pytest
 
-from otel_lb_hop.kernel.loader import Loaded, Sizes, load
-from tests.kernel.rig import Namespace, Rig
+from otel_lb_hop.kernel.loader import Sizes, load
+from tests.kernel.rig import Namespace, Rig, close
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-
-def _close(loaded: Loaded) -> None:
-    maps = (loaded.vip_ports, loaded.backends, loaded.vip_stats, loaded.hop_stats, loaded.places, loaded.uplinks)
-    fds = [each.fd for each in (*maps, loaded.settings, loaded.events)]
-    for fd in (*loaded.programs.values(), *fds, loaded.records_fd):
-        os.close(fd)
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +26,7 @@ def _rig(sizes: Sizes, namespace: Namespace) -> Iterator[Rig]:
     made = Rig(loaded, namespace)
     yield made
     made.close()
-    _close(loaded)
+    close(loaded)
 
 
 @pytest.fixture(scope="session")

@@ -281,6 +281,14 @@ class Rig:
         return [Told(*raw[:-1], *KIND.unpack(raw[-1])) for raw in self.ring.drain(limit)]
 
 
+def close(loaded: Loaded) -> None:
+    """Let go of the programs and maps that were loaded."""
+    maps = (loaded.vip_ports, loaded.backends, loaded.vip_stats, loaded.hop_stats, loaded.places, loaded.uplinks)
+    fds = [each.fd for each in (*maps, loaded.settings, loaded.events)]
+    for fd in (*loaded.programs.values(), *fds, loaded.records_fd):
+        os.close(fd)
+
+
 def _maps_of(program_fd: int) -> dict[str, int]:
     """Open the maps of a program by their names: also those that the agent has no business with."""
     ids = (ctypes.c_uint32 * 32)()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 
 import pytest
@@ -12,6 +11,7 @@ from otel_lb_hop.core.layout import Event, Settings
 from otel_lb_hop.kernel.loader import Sizes, load, ring_pages
 from tests.kernel.burst import Burst
 from tests.kernel.requirements import needs_kernel
+from tests.kernel.rig import close
 
 pytestmark = [pytest.mark.root, needs_kernel]
 
@@ -33,8 +33,7 @@ def burst(settings: Settings) -> tuple[float, dict[Event, int], int]:
     pending = made.ring.pending_records
     records = made.ring.drain(COUNT)
     made.ring.close()
-    for fd in (*loaded.programs.values(), loaded.records_fd):
-        os.close(fd)
+    close(loaded)
     assert pending == len(records) == len({record[3] for record in records})
     return seconds, events, len(records)
 

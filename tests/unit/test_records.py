@@ -437,7 +437,7 @@ def test_spans_sampled_more_thinly(kernel: float, own: float, kept: int) -> None
     batch = [*good, record(vip_id=99), *bad]
     ours, sdk = (
         SpanEncoder(RESOURCE, NODE, sampling),
-        SdkEncoder("traces", SdkRecords(RESOURCE, NODE, sampling), sampling),
+        SdkEncoder("traces", SdkRecords(RESOURCE, NODE, sampling)),
     )
     if kernel < 1.0:
         courses, batch = courses[750:], batch[750:]  # what the kernel let through
