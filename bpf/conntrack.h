@@ -33,6 +33,7 @@ struct lbh_ct_head {
 struct lbh_ct_message {
 	u32 offset;
 	u8 family;
+	u8 listed; /* 1: about an entry that was asked for, not about a new one */
 };
 
 struct lbh_tuple {
@@ -95,6 +96,8 @@ static __always_inline int lbh_ct_begin(struct __sk_buff *skb, struct lbh_ct_mes
 		return LBH_CT_OTHER;
 	message->offset = sizeof(head);
 	message->family = head.netfilter.nfgen_family;
+	/* The kernel marks so only parts of an answer; the agent hands them on as if they were news. */
+	message->listed = !!(head.message.nlmsg_flags & NLM_F_MULTI);
 	return LBH_CT_READ;
 }
 
@@ -173,6 +176,29 @@ static __always_inline int lbh_ct_find_tuple(struct __sk_buff *skb, struct lbh_c
 		offset = message->offset;
 	}
 	return LBH_CT_UNREAD;
+}
+
+struct lbh_ct_id {
+	struct nlattr is;
+	u32 id;
+};
+
+/* Goes on to the entry's id behind its tuples; 0 if it has none. */
+static __always_inline u32 lbh_ct_find_id(struct __sk_buff *skb, struct lbh_ct_message *message)
+{
+	u32 i, offset = message->offset;
+
+#pragma clang loop unroll(disable)
+	for (i = 0; i < LBH_CT_ATTRIBUTES; i++) {
+		struct lbh_ct_id attribute;
+
+		if (bpf_skb_load_bytes(skb, offset, &attribute, sizeof(attribute)) || attribute.is.nla_len < NLA_HDRLEN)
+			break;
+		if (!lbh_ct_wrong(&attribute.is, CTA_ID, sizeof(attribute.id)))
+			return attribute.id;
+		offset += NLA_ALIGN(attribute.is.nla_len);
+	}
+	return 0;
 }
 
 #endif

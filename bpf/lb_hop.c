@@ -27,6 +27,7 @@ BPF_F_TABLE("percpu_hash", u32, struct lbh_hop_stats, hop_stats, LBH_MAX_HOPS, B
 BPF_F_TABLE("lpm_trie", struct lbh_prefix, u32, places, LBH_MAX_PLACES, BPF_F_NO_PREALLOC);
 /* Key: a flow that found no endpoint. Value: when a packet of it last came in. */
 BPF_TABLE("lru_hash", struct lbh_flow, u64, datagram_flows, LBH_MAX_DATAGRAM_FLOWS);
+BPF_TABLE("lru_hash", struct lbh_flow, struct lbh_told, told_flows, LBH_MAX_TOLD_FLOWS);
 /* One value. */
 BPF_ARRAY(uplinks, struct lbh_uplinks, 1);
 BPF_ARRAY(settings, struct lbh_settings, 1);
@@ -813,6 +814,24 @@ static __always_inline void count_told(const struct lbh_handshake *slot, u32 ver
 	send_record(slot, slot->syn_ns, verdict, slot->syn_ns);
 }
 
+/* Whether this entry of conntrack has been counted; if not, it now is. */
+static __always_inline bool is_entry_known(const struct lbh_tuple *tuple, u32 id, bool listed, u64 now)
+{
+	struct lbh_flow flow = {.client = tuple->source,
+				.vip = tuple->destination,
+				.client_port = tuple->source_port,
+				.vip_port = tuple->destination_port,
+				.transport = tuple->transport};
+	struct lbh_told told = {.read_ns = listed ? now : 0, .id = id}, *known = told_flows.lookup(&flow);
+
+	/* News of an entry may come a moment after it was read. */
+	if (known && known->id == id &&
+	    (listed || (known->read_ns && (s64)(now - known->read_ns) < (s64)LBH_SAME_PACKET_NS)))
+		return true;
+	told_flows.update(&flow, &told);
+	return false;
+}
+
 /*
  * Filter of a socket in the ctnetlink group of new connections; it keeps nothing, so that nothing waits in the socket.
  * Conntrack tells of a connection when its first packet has passed, with the translation that was chosen: the source
@@ -857,6 +876,8 @@ int lbh_conntrack(struct __sk_buff *skb)
 		count_event(LBH_LATE);
 		return 0;
 	}
+	if (is_entry_known(&original, lbh_ct_find_id(skb, &message), message.listed, slot.syn_ns))
+		return 0;
 	slot.client = original.source;
 	slot.client_port = original.source_port;
 	slot.vip = original.destination;

@@ -11,7 +11,7 @@
 #define LB_HOP_H
 
 /* Raised with every change of a layout, an enum or a bound below. */
-#define LBH_LAYOUT_VERSION 3
+#define LBH_LAYOUT_VERSION 4
 
 struct lbh_address {
 	u32 words[4];
@@ -246,7 +246,10 @@ struct lbh_settings {
 	u64 own_calls;		/* 1: count the TCP calls that this node itself makes, which conntrack tells of */
 };
 
-/* datagram_flows: when a packet of this flow last came in for a VIP port without endpoints (value: u64 ns). */
+/*
+ * Key of datagram_flows: when a packet of this flow last came in for a VIP port without endpoints (value: u64 ns); and
+ * of told_flows.
+ */
 struct lbh_flow {
 	struct lbh_address client;
 	struct lbh_address vip;
@@ -254,6 +257,15 @@ struct lbh_flow {
 	u16 vip_port;
 	u8 transport; /* IANA protocol number */
 	u8 pad[3];
+};
+/*
+ * told_flows: the entry of conntrack that was counted for a flow. An agent that begins reads all entries of conntrack,
+ * because nobody listened before, and must not count again what another agent has heard of.
+ */
+struct lbh_told {
+	u64 read_ns; /* when it was so read; 0: it was heard of */
+	u32 id;	     /* CTA_ID: an entry keeps it, and another of the same flow hardly ever has the same */
+	u32 pad;
 };
 /* Packets of one flow without endpoints are no further apart: nf_conntrack_udp_timeout, what it would be otherwise. */
 #define LBH_FLOW_NS 30000000000ull

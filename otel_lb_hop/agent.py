@@ -15,7 +15,9 @@ from __future__ import annotations
 import gc
 import logging
 import socket
+import sys
 import time
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from otel_lb_hop.cluster.api_source import ApiSource
@@ -27,7 +29,8 @@ from otel_lb_hop.core.hops import Courses
 from otel_lb_hop.core.interfaces import find_places, find_uplinks, gateway_links
 from otel_lb_hop.core.inventory import Inventory
 from otel_lb_hop.core.layout import Event, Settings
-from otel_lb_hop.core.ledger import Ledger, Rows, Stage, count_rows, kernel_stage
+from otel_lb_hop.core.ledger import RING, Ledger, Rows, Stage, count_rows, kernel_stage
+from otel_lb_hop.core.pinned import MARK, Mark, pack_mark, unpack_mark
 from otel_lb_hop.core.topology import KEEP_RETIRED_NS, LINGER_NS, Topology
 from otel_lb_hop.errors import ConfigError, KernelError
 from otel_lb_hop.export.metrics import Metric, MetricsBuilder, SelfReport
@@ -35,7 +38,7 @@ from otel_lb_hop.export.outlets import LinesOutlet, MetricsOutlet, make_record_o
 from otel_lb_hop.export.record_content import Sampling
 from otel_lb_hop.export.resource import Identity, make_resource
 from otel_lb_hop.kernel.bpf import run_program
-from otel_lb_hop.kernel.conntrack import ConntrackSocket, Places, events_problem
+from otel_lb_hop.kernel.conntrack import ConntrackSocket, Places, events_problem, list_entries
 from otel_lb_hop.kernel.hooks import Hooks
 from otel_lb_hop.kernel.netlink import Monitor, Netlink
 from otel_lb_hop.kernel.ring import Ring
@@ -46,14 +49,13 @@ from otel_lb_hop.ops.process import process_usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
-    from concurrent.futures import Future
 
     from otel_lb_hop.config import Config
     from otel_lb_hop.core.interfaces import Prefix, Route
     from otel_lb_hop.core.layout import Place
     from otel_lb_hop.errors import Problem
     from otel_lb_hop.export.outlets import Outlet, Sinks
-    from otel_lb_hop.kernel.loader import Loaded
+    from otel_lb_hop.kernel.loader import Loading
     from otel_lb_hop.kernel.tables import Snapshot
     from otel_lb_hop.ops.logs import LineKeeper
     from otel_lb_hop.ops.stop import Stop
@@ -80,6 +82,9 @@ SHUTDOWN_SECONDS = 3.5
 METRICS_RESERVE_SECONDS = 1.0
 SETTLED_NS = 10 * 10**9
 """Out of use for so long, a VIP port has no handshake open any more."""
+TOLD_FLOWS_SURE = 0.9
+"""A table of flows that is fuller may have dropped some."""
+MARK_KEY = MARK.to_bytes(4, sys.byteorder)
 CLOCK_STEP_NS = 10**9
 """The wall clock was set by more than that: for once it does not tell how long a row has been out of use."""
 VERDICT_AFTER_NS = 5 * 10**9
@@ -95,11 +100,17 @@ class Agent:
     """Everything that runs on one node. Made whole or not at all: `start` raises, `run` does not."""
 
     def __init__(
-        self, config: Config, environ: Mapping[str, str], loading: Future[Loaded], stop: Stop, lines: LineKeeper
+        self,
+        config: Config,
+        environ: Mapping[str, str],
+        loading: Loading,
+        stop: Stop,
+        lines: LineKeeper,
     ) -> None:
         self._config = config
         self._environ = environ
-        self._loading = loading
+        self._folder, self._not_pinned = loading.pinning
+        self._loading = loading.loaded
         self._stop = stop
         self._lines = lines
         self._health = Health()
@@ -110,9 +121,12 @@ class Agent:
         self._resolved = 0
         self._unresolved = 0
         self._abandoned = 0
+        self._settled_before = 0
         self._offset_ns = _clock_offset_ns()
-        self._forgotten = Rows(0, 0)
-        self._kernel_stage = kernel_stage(self._forgotten, (0,) * len(Event))
+        self._kernel_stage = kernel_stage(Rows(0, 0), (0,) * len(Event))
+        self._unconfirmed = False
+        self._unlisted = False
+        self._needs_before = (0, 0)
         self._due: dict[str, float] = {}
         self._failed: set[str] = set()
         self._unfinished = False
@@ -131,15 +145,17 @@ class Agent:
         self._local_api = LocalApi(config.listen, self._health) if config.listen else None
         self._loaded = self._loading.result()
         self._tables = KernelTables(self._loaded)
+        if self._loaded.inherited:
+            self._inherit()
         logs, traces = (bool(sinks.by_signal[signal]) for signal in ("logs", "traces"))
         self._record_rate = config.record_rate if logs or traces else 0
         # What no signal wants is not sampled by the kernel, so that the rate is left to what is wanted.
         self._record_ratio = config.record_ratio if logs else min(config.record_ratio, config.span_ratio)
         self._tables.set_settings(self._settings(VERDICT_AFTER_NS))
-        self._ring = Ring(self._loaded.records_fd, self._loaded.sizes.ring_pages)
+        self._ring = Ring(self._loaded.records_fd, self._loaded.state.earlier_records)
         self._netlink = Netlink()
         self._monitor = Monitor()
-        self._hooks = Hooks(self._loaded.programs, self._netlink)
+        self._hooks = Hooks(self._loaded.programs, self._netlink, self._loaded.pins)
         self._courses = Courses(self._topology)
         self._places = Places(self._loaded.places)
         self._conntrack: ConntrackSocket | None = None
@@ -148,15 +164,47 @@ class Agent:
         self._report_topology()
         self._reconcile_interfaces()
         self._require_a_hook()
+        self._report_pins()
         self._make_outlets(sinks)
         self._keep_books(self._tables.snapshot())  # the first report is earlier than the first export
         # What only the start needed goes back to the system; what stays is never again looked through for garbage.
         gc.collect()
         gc.freeze()
         log.info(
-            "counting on %s (%s), %d VIP ports; compiled in %.2f s",
-            ", ".join(self._hooks.interfaces), self._hooks.method, self._topology.watched, self._loaded.compile_seconds,
+            "counting on %s (%s), %d VIP ports; %s",
+            ", ".join(self._hooks.interfaces), self._hooks.method, self._topology.watched, self._how_loaded(),
         )  # fmt: skip
+
+    def _inherit(self) -> None:
+        """Go on with the counters of an agent before, and with its VIP ports until all sources have spoken."""
+        names, last_id = self._tables.adopt()
+        self._topology.adopt(names, last_id, time.time_ns())
+        mark = self._loaded.notes.get(MARK_KEY)
+        self._settled_before, self._unlisted = unpack_mark(mark) if mark else (0, False)
+        self._unconfirmed = True
+        self._needs_before = self._tables.datagram_needs
+
+    def _how_loaded(self) -> str:
+        loaded = self._loaded
+        since = datetime.fromtimestamp(loaded.state.created_ns / 1e9, UTC).isoformat(timespec="seconds")
+        how = f"compiled in {loaded.compile_seconds:.2f} s" if loaded.compile_seconds else "nothing to compile"
+        return f"{how}; counters since {since}" if loaded.inherited else how
+
+    def _report_pins(self) -> None:
+        """Tell whether what is counted outlives the agent; and take off what was pinned before and is of no use."""
+        pins, problem = self._loaded.pins, self._not_pinned
+        if self._folder and pins:
+            gone = self._folder.remove_except(pins)
+            if gone:
+                log.info("took off %d older generations of programs", gone)
+        elif self._folder:
+            problem = f"{self._folder.path} takes no pins"
+        if problem:
+            log.warning(
+                "nothing is pinned, so counters begin anew with each start and nothing counts in between: %s", problem
+            )
+        detail = problem or ("pinned" if pins else "off")
+        self._health.report("pins", healthy=problem is None, vital=False, detail=detail)
 
     def _open_sources_and_sinks(self) -> Sinks:
         """Read the VIP file, begin to read the API server, make the sinks; all that is wrong is told together."""
@@ -190,7 +238,8 @@ class Agent:
         config = self._config
         self._identity = self._identify()
         resource = make_resource(self._identity)
-        self._metrics_builder = MetricsBuilder(self._topology, config.node_name, time.time_ns())
+        since_ns = self._loaded.state.created_ns
+        self._metrics_builder = MetricsBuilder(self._topology, config.node_name, time.time_ns(), since_ns)
         timeout_seconds = config.metric_export_timeout_ms / 1e3
         self._metrics = [MetricsOutlet(sink, timeout_seconds, resource) for sink in sinks.by_signal["metrics"]]
         sampling = {
@@ -239,6 +288,8 @@ class Agent:
         more = bool(self._attempt("records", self._drain))
         if self._is_due("sweep", now, TICK_SECONDS):
             self._attempt("sweep", self._sweep)
+            if self._loaded.pins:
+                self._attempt("records", self._mark_settled)
         if self._stop.woken or self._unfinished or self._is_due("topology", now, TOPOLOGY_SECONDS):
             self._unfinished = bool(self._attempt("topology", self._follow_cluster))
             more |= self._unfinished
@@ -295,6 +346,16 @@ class Agent:
             outlet.offer(records, courses, offset_ns, observed_ns)
         return len(records) == DRAIN_RECORDS
 
+    def _mark_settled(self) -> None:
+        """Write down how many records need nobody's care any more, for the next agent, should this one be killed."""
+        stages = [stage for outlet in self._records for stage in outlet.stages()]
+        ways: dict[tuple[str, str], int] = {}
+        for stage in stages:
+            way = stage.signal, stage.exporter
+            ways[way] = ways.get(way, 0) + stage.in_flight
+        settled = self._ring.taken_before + self._ring.taken - max(ways.values(), default=0)
+        self._loaded.notes.put(MARK_KEY, pack_mark(Mark(settled, self._conntrack is not None)))
+
     def _sweep(self) -> None:
         run_program(self._loaded.programs["lbh_sweep"], repeat=-(-self._loaded.sizes.table_buckets // SWEEP_TICKS))
 
@@ -335,22 +396,28 @@ class Agent:
 
     def _check_ledger(self) -> Ledger:
         ledger = self._ledger()
-        for problem in ledger.problems():
+        # What is pinned goes on counting while it is read.
+        for problem in ledger.defects() if self._loaded.pins else ledger.problems():
             log.error("the ledger does not add up: %s", problem)
         return ledger
 
     def _keep_books(self, snapshot: Snapshot) -> None:
         rows = count_rows(snapshot.vips.values(), snapshot.hops.values())
-        self._kernel_stage = kernel_stage(rows.plus(self._forgotten), snapshot.events)
+        self._kernel_stage = kernel_stage(rows.plus(self._tables.forgotten), snapshot.events)
 
     def _ledger(self) -> Ledger:
         """Account for every record; the kernel's stage is as of the latest snapshot."""
-        ring = self._ring
-        ring_dropped = {"wrong_size": ring.wrong_size, "shutdown": self._abandoned}
+        ring, left_behind = self._ring, self._loaded.left_behind
+        ring_dropped = {
+            "wrong_size": ring.wrong_size,
+            "shutdown": self._abandoned,
+            "unsettled": ring.taken_before - left_behind - self._settled_before,
+            "ring_replaced": left_behind,
+        }
         in_ring = ring.pending_records - self._abandoned
         stages = [
             self._kernel_stage,
-            Stage("ring", "", "", ring.seen, ring.taken, ring_dropped, in_ring),
+            Stage(RING, "", "", ring.seen, ring.taken, ring_dropped, in_ring, earlier=self._settled_before),
             Stage("decode", "", "", ring.taken, self._resolved, {"unresolved": self._unresolved}, 0),
         ]
         for outlet in self._outlets:
@@ -362,16 +429,13 @@ class Agent:
         stepped, self._offset_ns = abs(offset_ns - self._offset_ns) > CLOCK_STEP_NS, offset_ns
         if stepped:
             return  # nothing is as long out of use as it looks
-        hop_rows = dict(self._topology.hops.by_id)
+        if self._unconfirmed:
+            return  # what no source has named yet may be in use
         retired_before_ns = now_ns - KEEP_RETIRED_NS
         for outlet in self._metrics:
             # What nobody has received yet is not forgotten, however long the Collector is away.
             retired_before_ns = min(retired_before_ns, outlet.shipper.exported_ns - SETTLED_NS)
-        last = self._tables.keep_rows(self._topology.rows(retired_before_ns))
-        self._forgotten = self._forgotten.plus(count_rows(last.vips.values(), last.hops.values()))
-        for hop_id, stats in last.hops.items():
-            row = hop_rows[hop_id]
-            self._metrics_builder.carry_over(row.vip_id, row.hop, stats)
+        self._tables.forget(self._topology.forget_rows(retired_before_ns, now_ns), self._topology)
 
     def _self_report(self, events: tuple[int, ...]) -> SelfReport:
         return SelfReport(
@@ -392,9 +456,12 @@ class Agent:
         self._topology.forget_endpoints(now_ns - LINGER_NS)
         if touched := self._topology.take_touched():
             self._courses.forget(touched)
+        if self._unconfirmed and self._feed.complete and not more:
+            self._unconfirmed = False
+            self._tables.drop_unknown(self._topology.tables)
         if self._topology.tables.pending and time.monotonic() >= self._write_again:
             try:
-                self._tables.apply(self._topology.tables)
+                self._tables.apply(self._topology)
                 self._unwritten = None
             except OSError as error:
                 self._write_again = time.monotonic() + REPORT_SECONDS
@@ -475,6 +542,8 @@ class Agent:
     def _datagram_needs(self) -> tuple[bool, bool]:
         """Whether conntrack is to be heard, and datagrams to be watched on the interfaces too."""
         datagrams, unserved = self._topology.datagram_needs
+        if self._unconfirmed:
+            datagrams, unserved = datagrams + self._needs_before[0], unserved + self._needs_before[1]
         wish = self._config.conntrack
         heard = wish == "on" or (wish == "auto" and datagrams > 0)
         return heard, heard and unserved > 0
@@ -493,12 +562,29 @@ class Agent:
         try:
             self._places.set(known)
             self._conntrack = self._conntrack or ConntrackSocket(self._loaded.programs["lbh_conntrack"])
+            if self._unlisted:
+                self._settle_conntrack()
             problem = events_problem()
         except (KernelError, OSError) as error:
             problem = str(error)
         if left_out and not problem:
             problem = f"{left_out} prefixes of routes found no room: what comes from there counts as external"
         self._health.report("conntrack", healthy=problem is None, vital=False, detail=problem or "heard")
+
+    def _settle_conntrack(self) -> None:
+        """Count what began while no agent listened, as far as conntrack still has it."""
+        self._unlisted = False
+        told = sum(1 for _ in self._loaded.told_flows.keys())  # noqa: SIM118 - no dict
+        if told > TOLD_FLOWS_SURE * self._loaded.sizes.told_flows:
+            log.warning("too many flows are open to tell which began while no agent listened; those are not counted")
+            return
+        fd = self._loaded.programs["lbh_conntrack"]
+        handed = 0
+        own_calls = self._config.conntrack == "on"
+        for message in list_entries(self._tables.vip_ports if own_calls else self._tables.datagram_ports):
+            run_program(fd, message)
+            handed += 1
+        log.info("conntrack has %d connections of UDP or SCTP; those that nobody had heard of are counted now", handed)
 
     def _require_a_hook(self) -> None:
         if self._hooks.problems and not self._hooks.interfaces:
@@ -539,17 +625,22 @@ class Agent:
         self._hooks.close()
         if self._conntrack:
             self._conntrack.close()
-        # Nobody will see an answer any more: what is open gets its verdict now, or it would vanish uncounted.
-        self._attempt("sweep", self._sweep_all)
+        pinned = self._loaded.pins is not None
+        if not pinned:
+            # Nobody will see an answer any more: what is open gets its verdict now, or it would vanish uncounted.
+            self._attempt("sweep", self._sweep_all)
         while self._attempt("records", self._drain) and time.monotonic() < deadline - METRICS_RESERVE_SECONDS:
             pass
-        self._abandoned = self._ring.pending_records
+        if not pinned:
+            self._abandoned = self._ring.pending_records
         self._close(self._records, deadline - METRICS_RESERVE_SECONDS)
-        self._attempt("counters", self._check_sums)
+        if not pinned:
+            self._attempt("counters", self._check_sums)
         self._export_own_log()
         # Last, so that they tell what became of the last records.
         self._attempt("counters", self._export_metrics)
         self._close([*self._metrics, *self._own_log], deadline)
+        self._attempt("records", self._mark_settled)
         for account in self._check_ledger().accounts():
             log.info("%s", account)
         self._monitor.close()

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 from otel_lb_hop import __version__
 from otel_lb_hop.cluster.file_source import FileSource
-from otel_lb_hop.config import VIPS_FILE, Config, closest_setting
+from otel_lb_hop.config import VIPS_FILE, Config, closest_setting, pin_path_of
 from otel_lb_hop.errors import ConfigError, KernelError
 from otel_lb_hop.export.otlp_settings import OTLP, unheeded
 from otel_lb_hop.kernel.loader import Sizes, begin_loading, ring_pages
+from otel_lb_hop.kernel.pins import claim
 from otel_lb_hop.ops.logs import set_up_logging
 from otel_lb_hop.ops.stop import Stop
 
@@ -34,13 +35,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="otel-lb-hop", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("run", help="watch this node until SIGTERM or SIGINT; configured by the environment")
+    commands.add_parser("uninstall", help="take off what agents left attached or pinned on this node")
     commands.add_parser("version", help="print the version")
     arguments = parser.parse_args(argv)
     if arguments.command == "version":
         print(__version__)
         return 0
     try:
-        run(os.environ)
+        if arguments.command == "uninstall":
+            take_off(os.environ)
+        else:
+            run(os.environ)
     except ConfigError as error:
         print(f"otel-lb-hop: the configuration is wrong:\n{error}", file=sys.stderr)
         return EXIT_CONFIG
@@ -65,13 +70,21 @@ def run(environ: Mapping[str, str]) -> None:
     stop = Stop()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    loading = begin_loading(Sizes(ring_pages=ring_pages(config.record_rate)))
+    loading = begin_loading(Sizes(ring_pages=ring_pages(config.record_rate)), claim(config.pin_path))
     # The agent's imports go on while the child compiles.
     from otel_lb_hop.agent import Agent  # noqa: PLC0415
 
     agent = Agent(config, environ, loading, stop, lines)
     agent.start()
     agent.run()
+
+
+def take_off(environ: Mapping[str, str]) -> None:
+    """Leave nothing of any agent on this node."""
+    from otel_lb_hop.ops.uninstall import uninstall  # noqa: PLC0415 - `run` is quicker without it
+
+    for line in uninstall(pin_path_of(environ)) or ["nothing was left on this node"]:
+        print(line)
 
 
 def read_config(environ: Mapping[str, str]) -> Config:

@@ -128,6 +128,14 @@ def _path(text: str) -> Path | None:
     return Path(text) if text else None
 
 
+def _pin_path(text: str) -> Path | None:
+    if text.lower() == "off":
+        return None
+    if not text.startswith("/"):
+        raise ValueError
+    return Path(text)
+
+
 _POLICY_SETS = {"all": frozenset(Policy), "cluster": frozenset({Policy.CLUSTER}), "local": frozenset({Policy.LOCAL})}
 
 
@@ -257,6 +265,13 @@ CONNTRACK: Final = Setting(
     "TCP calls too. It costs some microseconds for each new connection of the node.",
     one_of("auto", "on", "off"),
 )
+PIN_PATH: Final = Setting(
+    PREFIX + "PIN_PATH",
+    "/sys/fs/bpf/otel-lb-hop",
+    "an absolute path on a bpffs, or off",
+    "Where counters and programs are pinned, so that counting goes on while the agent is down; `off` ends all with it.",
+    _pin_path,
+)
 POD_NAME: Final = Setting(
     PREFIX + "POD_NAME", "", _PRINTABLE, "Name of the agent's pod (downward API: `metadata.name`).", _name
 )
@@ -309,6 +324,7 @@ SETTINGS: Final[tuple[Setting[object], ...]] = (
     INTERFACES,
     UPLINKS,
     CONNTRACK,
+    PIN_PATH,
     RECORD_RATIO,
     RECORD_RATE,
     QUEUE_BYTES,
@@ -393,6 +409,7 @@ class Config:
     policies: frozenset[Policy]
     external_ips: bool
     conntrack: str
+    pin_path: Path | None
     pod_name: str | None
     pod_namespace: str | None
     pod_uid: str | None
@@ -440,6 +457,7 @@ class Config:
             policies=value(POLICY),
             external_ips=value(EXTERNAL_IPS) == "true",
             conntrack=value(CONNTRACK),
+            pin_path=value(PIN_PATH),
             pod_name=value(POD_NAME),
             pod_namespace=value(POD_NAMESPACE),
             pod_uid=value(POD_UID),
@@ -477,6 +495,13 @@ def _api(wish: str, environ: Mapping[str, str]) -> ApiConfig | None:
 
 def _span_ratio(sampler: str, argument: float) -> float:
     return {"always_on": 1.0, "always_off": 0.0}.get(sampler.removeprefix("parentbased_"), argument)
+
+
+def pin_path_of(environ: Mapping[str, str]) -> Path | None:
+    """Read where agents pin, and nothing else; raises ConfigError."""
+    if problem := _problem(PIN_PATH, texts := _texts(environ, "")):
+        raise ConfigError([problem])
+    return PIN_PATH.parse(texts[PIN_PATH.name])
 
 
 def closest_setting(name: str) -> str | None:

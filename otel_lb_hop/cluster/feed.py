@@ -50,8 +50,17 @@ class Feed:
         self._api = api
         self._inventory = inventory
         self._services_ns: int | None = None
-        self.begun = False
+        self._told: set[str] = set()
+
+    @property
+    def begun(self) -> bool:
         """Whether a source has told its VIP ports."""
+        return bool(self._told)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every source has told its VIP ports, and all of them are taken over."""
+        return self._told == {name for name, source in (("file", self._file), ("api", self._api)) if source}
 
     @property
     def cluster_uid(self) -> str | None:
@@ -64,7 +73,7 @@ class Feed:
             content = self._file.take()
             if content is not None:
                 topology.replace(content, now_ns)
-                self.begun = True
+                self._told.add("file")
                 log.info("the VIP file holds %d VIP ports", len(content.vip_ports))
             if self._api is None:
                 topology.confirm(self._file.confirmed_ns)
@@ -117,7 +126,8 @@ class Feed:
         changed = self._inventory.take_changed(ENDPOINTS_PER_STEP)
         if changed:
             topology.update({ServiceId(Source.API, *key): ports for key, ports in changed.items()}, now_ns)
-        self.begun = True
+        if not self._inventory.waiting:
+            self._told.add("api")
         return self._inventory.waiting
 
     def _take_over(self, changes: Iterable[Change], topology: Topology, now_ns: int) -> None:

@@ -18,7 +18,7 @@ from otel_lb_hop.model import Failure, Outcome
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-LAYOUT_VERSION = 3
+LAYOUT_VERSION = 4
 
 BOUNDS_NS = (
     1_000, 2_500, 5_000,
@@ -117,6 +117,10 @@ KIND = struct.Struct("=16s2sBBIIIB3x")
 _RECORD = f"QQQ16s16s16sHHH2x{KIND.size}s4x"
 RECORD = struct.Struct("=" + _RECORD)
 """`struct lbh_record`, see `Record`."""
+FLOW_BYTES = 40
+"""Of a `struct lbh_flow`."""
+TOLD_BYTES = 16
+"""Of a `struct lbh_told`."""
 MAX_UPLINKS = 64
 UPLINKS = struct.Struct(f"={MAX_UPLINKS}I")
 """`struct lbh_uplinks`: interface indexes, ended by a zero."""
@@ -236,6 +240,11 @@ def unpack_port(port: bytes) -> int:
 def sum_cpus(raw: bytes, words: int) -> tuple[int, ...]:
     """Add up the copies of a per-CPU value: `raw` holds a row of `words` 64-bit counters for each CPU."""
     return _words(words).unpack(_sum_rows(raw, words * 8))
+
+
+def add_cpus(raw: bytes, other: bytes, words: int) -> bytes:
+    """Add up all copies of two per-CPU values: a row of `words` counters as bytes, one copy's."""
+    return _sum_rows(raw + other, words * 8)
 
 
 def _sum_rows(raw: bytes, row: int) -> bytes:

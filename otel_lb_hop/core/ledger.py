@@ -9,7 +9,10 @@ What each stage counts:
 
 - kernel: seen = connections the hooks counted; exported = records put in the ring; dropped: ratio, rate, ring_full,
   no_verdict, off; in flight = handshakes that have no verdict yet.
-- ring: seen = records that were read, or lie there; exported = those of the right shape; dropped: wrong_size.
+- ring: seen = records that were ever put in; exported = those of the right shape that this agent read; earlier = those
+  that agents before it read and settled, in whose ledgers they stand; dropped: wrong_size; unsettled (an agent before
+  read them, and was killed before it noted that they were exported); ring_replaced (they lay in a ring of another
+  size).
 - decode: seen = records read; exported = connections that the topology could name; dropped: unresolved.
 - encode: seen = connections; exported = records offered to the shipper; dropped: not_sampled, failed; of the agent's
   own log: too_many.
@@ -42,12 +45,14 @@ METRICS = "metrics"
 RECORD_SIGNALS = ("logs", "traces")
 """What the last of the shared stages passes on goes to each exporter of these."""
 
-MOVING = frozenset({"kernel", "ring"})
+KERNEL = "kernel"
+RING = "ring"
+MOVING = frozenset({KERNEL, RING})
 """Stages that the kernel changes while they are read."""
 
 
 class Stage(NamedTuple):
-    """One station of a record's way, in items since the start."""
+    """One station of a record's way, in items since the start: of the agent, or of the counting (kernel and ring)."""
 
     name: str
     signal: str
@@ -59,11 +64,13 @@ class Stage(NamedTuple):
     dropped: Mapping[str, int]
     """Reason → items that ended here."""
     in_flight: int
+    earlier: int = 0
+    """Items that agents before this one exported or dropped."""
 
     @property
     def imbalance(self) -> int:
         """Items that are missing; below 0, that are there and never came."""
-        return self.seen - self.exported - sum(self.dropped.values()) - self.in_flight
+        return self.seen - self.earlier - self.exported - sum(self.dropped.values()) - self.in_flight
 
     @property
     def losses(self) -> dict[str, int]:
@@ -113,6 +120,7 @@ class Ledger(NamedTuple):
                 "dropped": stage.losses,
                 "in_flight": stage.in_flight,
             }
+            | ({"earlier": stage.earlier} if stage.earlier else {})
             for stage in self.stages
         }
 
@@ -165,7 +173,7 @@ def kernel_stage(rows: Rows, events: Sequence[int]) -> Stage:
     """
     dropped = {event.name.lower().removeprefix("record_"): events[event] for event in _RECORD_DROPS}
     in_flight = rows.connections - rows.verdicts
-    return Stage("kernel", "", "", rows.connections, events[Event.RECORD_SENT], dropped, in_flight)
+    return Stage(KERNEL, "", "", rows.connections, events[Event.RECORD_SENT], dropped, in_flight)
 
 
 def _unbalanced(stages: Iterable[Stage]) -> list[str]:
@@ -175,7 +183,9 @@ def _unbalanced(stages: Iterable[Stage]) -> list[str]:
 def _account(stage: Stage) -> str:
     reasons = ", ".join(f"{reason} {items:,}" for reason, items in stage.losses.items())
     dropped = f"{sum(stage.dropped.values()):,} dropped" + (f" ({reasons})" if reasons else "")
-    return f"{stage.title}: {stage.seen:,} seen, {stage.exported:,} exported, {dropped}, {stage.in_flight:,} in flight"
+    earlier = f"{stage.earlier:,} by earlier agents, " if stage.earlier else ""
+    came_and_went = f"{stage.seen:,} seen, {earlier}{stage.exported:,} exported, {dropped}"
+    return f"{stage.title}: {came_and_went}, {stage.in_flight:,} in flight"
 
 
 def _difference(items: int) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeAlias, TypeVar
 
 from otel_lb_hop.core.layout import BACKEND_KEY, VIP_KEY, VIP_VALUE, Unforwarded, pack_port
 from otel_lb_hop.model import Hop, Policy, Skipped, Transport, format_address
@@ -55,19 +55,46 @@ class VipRow(NamedTuple):
 
 
 class HopRow(NamedTuple):
-    """The identity of a hop row: a VIP port, a hop class, and the backend's node."""
+    """The identity of a hop row: a VIP port, a hop class, and the backend's node.
+
+    Without a node: of an unknown hop class, what went to backends that are not known; of any other, the remainder: what
+    the forgotten rows of that class had counted.
+    """
 
     vip_id: int
     hop: Hop
     node: str | None
     zone_crossed: bool | None
 
+    @property
+    def is_remainder(self) -> bool:
+        """Whether this row holds what forgotten ones had counted."""
+        return self.node is None and self.hop is not Hop.UNKNOWN
 
-class Rows(NamedTuple):
-    """The rows of counters that are remembered, in use or retired: ids of vip_stats and of hop_stats."""
 
-    vip_ids: frozenset[int]
-    hop_ids: frozenset[int]
+Identity: TypeAlias = VipRow | HopRow
+"""Of a row of counters."""
+
+
+class Name(NamedTuple):
+    """Whose counters a row holds, and the wall clock's time (ns) from which on they count."""
+
+    identity: Identity
+    created_ns: int
+
+
+class HopGone(NamedTuple):
+    """A hop row that is forgotten, and the one that keeps what it counted, or 0 if its VIP port is gone too."""
+
+    hop_id: int
+    into: int
+
+
+class Gone(NamedTuple):
+    """The rows that are forgotten, hops before their VIP ports."""
+
+    hops: tuple[HopGone, ...]
+    vip_ids: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -128,10 +155,13 @@ class _Rows(Generic[_Row]):
         for row_id in row_ids:
             self._retired_ns.setdefault(row_id, now_ns)
 
-    def forget_before(self, limit_ns: int) -> None:
-        for row_id in [row_id for row_id, retired in self._retired_ns.items() if retired <= limit_ns]:
-            del self._retired_ns[row_id], self.created_ns[row_id]
-            del self._ids[self.by_id.pop(row_id)]
+    def retired_before(self, limit_ns: int) -> list[int]:
+        return [row_id for row_id, retired in self._retired_ns.items() if retired <= limit_ns]
+
+    def forget(self, row_id: int) -> None:
+        self._retired_ns.pop(row_id, None)
+        del self.created_ns[row_id]
+        del self._ids[self.by_id.pop(row_id)]
 
 
 class _Entry(NamedTuple):
@@ -271,13 +301,55 @@ class Topology:
             if everywhere or any(backend.node in changed for backend in entry.vip_port.backends):
                 self._rebuild(key, now_ns)
 
-    def rows(self, retired_before_ns: int) -> Rows:
-        """Forget the rows that were retired until then, and tell which ones the kernel has to keep."""
-        self.vips.forget_before(retired_before_ns)
-        self.hops.forget_before(retired_before_ns)
+    def adopt(self, names: Mapping[int, Name], last_id: int, now_ns: int) -> None:
+        """Go on with the rows that the kernel has from an agent before, ids up to `last_id`; before all else.
+
+        What the sources name again goes on in its row; the rest is retired from now on.
+        """
+        for row_id, (row, created_ns) in names.items():
+            if isinstance(row, VipRow):
+                self.vips.add(row_id, row, created_ns)
+                self.hops.add(row_id, HopRow(row_id, Hop.UNKNOWN, None, None), created_ns)
+            else:
+                self.hops.add(row_id, row, created_ns)
+        self.vips.retire(self.vips.by_id, now_ns)
+        self.hops.retire((hop_id for hop_id, row in self.hops.by_id.items() if not row.is_remainder), now_ns)
+        self._next_id = last_id + 1
+
+    def name_of(self, row_id: int) -> Name:
+        """Tell whose counters the rows with this id hold; a VIP port's id is also that of its unknown backends."""
+        if row_id in self.vips.by_id:
+            return Name(self.vips.by_id[row_id], self.vips.created_ns[row_id])
+        return Name(self.hops.by_id[row_id], self.hops.created_ns[row_id])
+
+    def forget_rows(self, retired_before_ns: int, now_ns: int) -> Gone:
+        """Forget the rows that were retired until then.
+
+        Metrics by (VIP port, hop class) are sums over the nodes of backends: when such a node has long gone and its row
+        with it, the sum must not fall, so its counters go into a row that stays as long as the VIP port.
+        """
+        vip_ids = self.vips.retired_before(retired_before_ns)
+        of_vips = set(vip_ids)
+        hops = [
+            HopGone(hop_id, self._remainder(self.hops.by_id[hop_id], now_ns))
+            for hop_id in self.hops.retired_before(retired_before_ns)
+            if self.hops.by_id[hop_id].vip_id not in of_vips
+        ]
+        if vip_ids:
+            hops += [HopGone(hop_id, 0) for hop_id, row in self.hops.by_id.items() if row.vip_id in of_vips]
+        for gone in hops:
+            self.hops.forget(gone.hop_id)
+        for vip_id in vip_ids:
+            self.vips.forget(vip_id)
         self.tables.pending.vip_ids &= self.vips.by_id.keys()
         self.tables.pending.hop_ids &= self.hops.by_id.keys()
-        return Rows(frozenset(self.vips.by_id), frozenset(self.hops.by_id))
+        return Gone(tuple(hops), tuple(vip_ids))
+
+    def _remainder(self, row: HopRow, now_ns: int) -> int:
+        """Find or make the row that keeps what was counted by rows of gone nodes."""
+        remainder = HopRow(row.vip_id, row.hop, None, None)
+        known = self.hops.find(remainder)
+        return self._add(self.hops, self._take_id(), remainder, now_ns) if known is None else known
 
     def forget_endpoints(self, gone_before_ns: int) -> None:
         """Forget the endpoints that went until then."""

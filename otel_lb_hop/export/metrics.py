@@ -25,7 +25,7 @@ from otel_lb_hop.core.layout import (
     Unforwarded,
     VipStats,
 )
-from otel_lb_hop.core.ledger import METRICS
+from otel_lb_hop.core.ledger import KERNEL, METRICS, RING
 from otel_lb_hop.core.topology import HopRow, Placement
 from otel_lb_hop.export.attributes import Attributes, Labels, hop_attributes, vip_attributes
 from otel_lb_hop.model import Failure, Hop, Origin, Outcome, Transport
@@ -177,24 +177,20 @@ class SelfReport(NamedTuple):
 
 
 class MetricsBuilder:
-    """Makes points out of snapshots. Keeps labels made once per row, and what forgotten rows had counted.
+    """Makes points out of snapshots. Keeps labels made once per row.
 
-    Metrics by (VIP port, hop class) sum over rows by backend node; when a node has long gone and its row with it,
-    the sum must not fall, so its last state stays in a carry.
+    What the kernel counts goes on through restarts of the agent, and has the start time `counting_since_ns`; what the
+    agent counts of itself begins with it, at `started_ns`.
     """
 
-    def __init__(self, topology: Topology, node_name: str, started_ns: int) -> None:
+    def __init__(self, topology: Topology, node_name: str, started_ns: int, counting_since_ns: int) -> None:
         self._topology = topology
         self._node_name = node_name
         self._started_ns = started_ns
+        self._counting_since_ns = counting_since_ns
         self._self_labels = _labels({semconv.K8S_NODE_NAME: node_name})
         self._vip_labels: dict[int, Labels] = {}
-        self._carry: dict[tuple[int, Hop], HopStats] = {}
         self._used: set[int] = set()
-
-    def carry_over(self, vip_id: int, hop: Hop, last: HopStats) -> None:
-        """Keep what a row had counted that is about to be forgotten."""
-        self._carry[vip_id, hop] = _added(self._carry.get((vip_id, hop), NO_HOP), last)
 
     def build(self, vips: Mapping[int, VipStats], hops: Mapping[int, HopStats], report: SelfReport) -> Iterator[Metric]:
         """Make one export. A metric's points are to be taken before the next metric, and may be none."""
@@ -209,8 +205,17 @@ class MetricsBuilder:
         yield Metric(ENDPOINTS, self._endpoints())
         for instrument, points in self._self_points(report).items():
             yield Metric(
-                instrument, [(self._self_labels, _labels(labels), self._started_ns, value) for labels, value in points]
+                instrument,
+                [
+                    (self._self_labels, _labels(labels), self._since_ns(instrument, labels), value)
+                    for labels, value in points
+                ],
             )
+
+    def _since_ns(self, instrument: Instrument, labels: Attributes) -> int:
+        stage = labels.get(semconv.STAGE)
+        by_kernel = instrument is EVENTS_DROPPED or stage == KERNEL or (stage == RING and instrument is RECORDS_SEEN)
+        return self._counting_since_ns if by_kernel else self._started_ns
 
     def pending(self, vips: Mapping[int, VipStats], hops: Mapping[int, HopStats]) -> dict[int, int]:
         """Count, by VIP port's id, the connections that came in less those that were forwarded or given up.
@@ -221,7 +226,6 @@ class MetricsBuilder:
 
     def _forget_gone(self) -> None:
         known = self._topology.vips.by_id
-        self._carry = {key: value for key, value in self._carry.items() if key[0] in known}
         self._used &= known.keys()
         for vip_id in self._vip_labels.keys() - known.keys():
             del self._vip_labels[vip_id]
@@ -253,7 +257,9 @@ class MetricsBuilder:
     def _forwarded(self, hops: Mapping[int, HopStats]) -> Iterator[Point]:
         labels, rows, created_ns = self._vip_labels, self._topology.hops.by_id, self._topology.hops.created_ns
         for hop_id, stats in hops.items():
-            vip_id, hop, node, zone_crossed = rows[hop_id]
+            vip_id, hop, node, zone_crossed = row = rows[hop_id]
+            if row.is_remainder:
+                continue  # told long ago, by node
             internal, external = stats.forwarded
             if internal:
                 beyond = _forwarded(hop, node, zone_crossed, Origin.INTERNAL)
@@ -285,7 +291,7 @@ class MetricsBuilder:
 
     def _sums(self, hops: Mapping[int, HopStats]) -> dict[tuple[int, Hop], HopStats]:
         """Add up over the nodes of backends."""
-        sums = dict(self._carry)
+        sums: dict[tuple[int, Hop], HopStats] = {}
         rows = self._topology.hops.by_id
         for hop_id, stats in hops.items():
             row = rows[hop_id]

@@ -11,23 +11,29 @@ import errno
 import os
 import platform
 import struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 _NR_BPF = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "ppc64le": 361, "s390x": 351}.get(platform.machine())
 _libc = ctypes.CDLL(None, use_errno=True)
 
+_MAP_CREATE = 0
 _MAP_LOOKUP_ELEM = 1
 _MAP_UPDATE_ELEM = 2
 _MAP_DELETE_ELEM = 3
 _MAP_GET_NEXT_KEY = 4
+_OBJ_PIN = 6
+_OBJ_GET = 7
 _PROG_TEST_RUN = 10
 _OBJ_GET_INFO_BY_FD = 15
 _MAP_LOOKUP_BATCH = 24
 _LINK_CREATE = 28
-
+_LINK_UPDATE = 29
+_MAP_TYPES = {"hash": 1, "array": 2}
+_F_NO_PREALLOC = 1
 
 BPF_ANY = 0
 BPF_F_BEFORE = 1 << 3
@@ -191,9 +197,59 @@ def attach_tcx(fd: int, ifindex: int, attach_type: int) -> int:
     return _bpf(_LINK_CREATE, struct.pack("=IIIIIxxxxQ", fd, ifindex, attach_type, BPF_F_BEFORE, 0, 0))
 
 
-def tcx_ifindex(fd: int) -> int:
-    """Name the interface that a tcx link is on; 0 once that was deleted or moved (struct bpf_link_info)."""
-    info = ctypes.create_string_buffer(64)
+def create_map(kind: str, key_size: int, value_size: int, entries: int, name: str) -> Map:
+    """Make a map of kind `hash`, whose entries take memory when they come, or `array`."""
+    flags = _F_NO_PREALLOC if kind == "hash" else 0
+    attributes = struct.pack(
+        "=IIIIIII15sx", _MAP_TYPES[kind], key_size, value_size, entries, flags, 0, 0, name.encode("ascii")
+    )
+    return Map(_bpf(_MAP_CREATE, attributes), key_size, value_size)
+
+
+def pin(fd: int, path: Path) -> None:
+    """Give a program, map or link a name in a bpffs; it then lives as long as the name."""
+    name = ctypes.create_string_buffer(os.fsencode(path))
+    _bpf(_OBJ_PIN, struct.pack("=QI", _address(name), fd))
+
+
+def open_pinned(path: Path) -> int:
+    """Open what is pinned there; answers its descriptor."""
+    name = ctypes.create_string_buffer(os.fsencode(path))
+    return _bpf(_OBJ_GET, struct.pack("=QI", _address(name), 0))
+
+
+class LinkInfo(NamedTuple):
+    """What a link joins (struct bpf_link_info)."""
+
+    program_id: int
+    ifindex: int
+    """0 once the interface was deleted."""
+
+
+def _info(fd: int) -> ctypes.Array[ctypes.c_char]:
+    info = ctypes.create_string_buffer(256)
     _bpf(_OBJ_GET_INFO_BY_FD, struct.pack("=IIQ", fd, len(info), _address(info)))
-    (ifindex,) = struct.unpack_from("=I", info, 16)
-    return int(ifindex)
+    return info
+
+
+def link_info(fd: int) -> LinkInfo:
+    """Tell what a link of an interface joins."""
+    _, _, program_id, ifindex = struct.unpack_from("=IIIxxxxI", _info(fd))
+    return LinkInfo(program_id, ifindex)
+
+
+def program_id(fd: int) -> int:
+    """Tell the id of a program (struct bpf_prog_info)."""
+    _, number = struct.unpack_from("=II", _info(fd))
+    return int(number)
+
+
+def map_entries(fd: int) -> int:
+    """Tell how many entries a map can hold, of a ring buffer its bytes (struct bpf_map_info)."""
+    *_, entries = struct.unpack_from("=IIIII", _info(fd))
+    return int(entries)
+
+
+def update_link(fd: int, program_fd: int) -> None:
+    """Put another program in a link's place; no packet passes between the two."""
+    _bpf(_LINK_UPDATE, struct.pack("=IIII", fd, program_fd, 0, 0))

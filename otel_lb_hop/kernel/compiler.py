@@ -2,7 +2,8 @@
 
 bcc with LLVM costs over 100 MiB, so a short-lived process compiles and loads, hands the descriptors of programs
 and maps over its socket (SCM_RIGHTS) and exits. Request and answer are one JSON object each:
-{"source": path, "includes": [path], "defines": {name: value}, "programs": {name: type}, "maps": [name]}
+{"source": path, "includes": [path], "defines": {name: value}, "programs": {name: type}, "maps": [name],
+"given": [name]} with a descriptor for each map that is given, to be used in place of a new one of that name
 → {"programs": [name], "maps": [name]} with as many descriptors in that order, or {"error": text}.
 """
 
@@ -15,6 +16,7 @@ import platform
 import shutil
 import signal
 import socket
+import struct
 import sys
 import tempfile
 import time
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_MESSAGE = 1 << 16
+MAX_FDS = 64
 
 _ARCH_OF = {"x86_64": "x86", "aarch64": "arm64", "riscv64": "riscv", "ppc64le": "powerpc", "s390x": "s390"}
 _UAPI = Path("/usr/include")
@@ -46,11 +49,26 @@ def make_header_tree(stubs: Path, tree: Path) -> None:
     (arch_uapi / "asm").symlink_to(multiarch if multiarch.exists() else _UAPI / "asm")
 
 
-def compile_and_load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
-    """Compile the source, load its programs, and name the descriptors in the order of the answer."""
+_LOAD_ADDRESS = 0x18
+"""BPF_LD | BPF_IMM | BPF_DW: takes two instructions' room."""
+_OF_A_MAP = 1
+"""BPF_PSEUDO_MAP_FD: the constant is a map's descriptor."""
+
+
+def exchange_maps(code: ctypes.Array[ctypes.c_char], new_fds: dict[int, int]) -> None:
+    """Let instructions (struct bpf_insn, linux/bpf.h) use other maps than those they were compiled for."""
+    for at in range(0, len(code), 8):
+        opcode, registers, _, fd = struct.unpack_from("=BBhi", code, at)
+        # The second half of a constant has the opcode 0.
+        if opcode == _LOAD_ADDRESS and registers >> 4 == _OF_A_MAP and fd in new_fds:
+            struct.pack_into("=i", code, at + 4, new_fds[fd])
+
+
+def compile_and_load(request: dict[str, Any], given: dict[str, int]) -> tuple[dict[str, Any], list[int]]:
+    """Compile the source, load its programs on the maps given, and name the descriptors in the order of the answer."""
     started = time.monotonic()
     try:
-        from bcc import BPF  # noqa: PLC0415 - bcc lives in this function only
+        from bcc import BPF, lib  # noqa: PLC0415 - bcc lives in this function only
     except ImportError as error:
         text = (
             f"the Python package bcc cannot be imported ({error}): install python3-bpfcc (Debian) for {sys.executable}"
@@ -59,9 +77,15 @@ def compile_and_load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]
     flags = [f"-I{path}" for path in request["includes"]]
     flags += [f"-D{name}={value}" for name, value in request["defines"].items()]
     module = BPF(src_file=request["source"], cflags=flags)
+    new_fds = {int(module[name].map_fd): fd for name, fd in given.items()}
+    for name in request["programs"] if given else ():
+        # bcc keeps the instructions in memory of its own until they are loaded.
+        size = lib.bpf_function_size(module.module, name.encode())
+        start = lib.bpf_function_start(module.module, name.encode())
+        exchange_maps((ctypes.c_char * size).from_address(start), new_fds)
     types = {"tc": BPF.SCHED_CLS, "socket_filter": BPF.SOCKET_FILTER}
     programs = [module.load_func(name, types[kind]).fd for name, kind in request["programs"].items()]
-    maps = [int(module[name].map_fd) for name in request["maps"]]
+    maps = [given[name] if name in given else int(module[name].map_fd) for name in request["maps"]]
     answer = {
         "programs": list(request["programs"]),
         "maps": request["maps"],
@@ -72,14 +96,16 @@ def compile_and_load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]
 
 def serve(channel: socket.socket) -> None:
     """Answer one request on the channel; an error becomes an answer that tells it."""
-    request = json.loads(channel.recv(MAX_MESSAGE))
+    message, given_fds, _, _ = socket.recv_fds(channel, MAX_MESSAGE, MAX_FDS)
+    request = json.loads(message)
+    given = dict(zip(request["given"], given_fds, strict=True))
     fds: list[int] = []
     with tempfile.TemporaryDirectory(prefix="otel-lb-hop-") as folder:
         tree = Path(folder) / "headers"
         try:
             make_header_tree(Path(request["headers"]), tree)
             os.environ["BCC_KERNEL_SOURCE"] = str(tree)
-            answer, fds = compile_and_load(request)
+            answer, fds = compile_and_load(request, given)
         except Exception as error:  # noqa: BLE001 - whatever bcc raises, the parent has to hear of it
             answer = {"error": f"{type(error).__name__}: {error}"}
     socket.send_fds(channel, [json.dumps(answer).encode()], fds)

@@ -13,12 +13,15 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from otel_lb_hop.core.layout import PLACE, PREFIX
+from otel_lb_hop.core.interfaces import Prefix
+from otel_lb_hop.core.layout import PLACE, PREFIX, VIP_KEY, Place
 from otel_lb_hop.errors import KernelError
+from otel_lb_hop.model import MAPPED_PREFIX
 
 if TYPE_CHECKING:
-    from otel_lb_hop.core.interfaces import Prefix
-    from otel_lb_hop.core.layout import Place
+    from collections.abc import Iterator
+    from collections.abc import Set as AbstractSet
+
     from otel_lb_hop.kernel.bpf import Map
 
 EVENTS_SYSCTL = Path("/proc/sys/net/netfilter/nf_conntrack_events")
@@ -32,7 +35,16 @@ _GROUP_NEW = 1
 """NFNLGRP_CONNTRACK_NEW."""
 _GET_STATS = 1 << 8 | 5
 """NFNL_SUBSYS_CTNETLINK and IPCTNL_MSG_CT_GET_STATS."""
+_GET = 1 << 8 | 1
+"""NFNL_SUBSYS_CTNETLINK and IPCTNL_MSG_CT_GET."""
 _NLM_F_REQUEST = 1
+_NLM_F_DUMP = 0x300
+_AS_NEWS = struct.pack("=H", 0x400 | 0x200 | 2)
+"""NLM_F_CREATE, NLM_F_EXCL, and NLM_F_MULTI."""
+_NLMSG_DONE = 3
+_LONGEST_ANSWER_OF_MANY = 1 << 16
+_ETHERNET_HEADER = 14
+"""A test run takes it off first (net/bpf/test_run.c)."""
 _NLMSG_ERROR = 2
 _ASK_SECONDS = 5
 _LONGEST_ANSWER = 4_096
@@ -103,12 +115,54 @@ def events_problem(sysctl: Path = EVENTS_SYSCTL) -> str | None:
     return None if value != "0" else "net.netfilter.nf_conntrack_events is 0: conntrack sends no events; set it to 2"
 
 
+def list_entries(vip_ports: AbstractSet[bytes]) -> Iterator[bytes]:
+    """Ask for all entries of conntrack; yields those to these VIP ports, each as lbh_conntrack takes it in a test run.
+
+    Where an entry is not as expected it is left out. Raises OSError.
+    """
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER) as asking:
+        asking.settimeout(_ASK_SECONDS)
+        asking.sendto(
+            struct.pack("=IHHIIBBH", 20, _GET, _NLM_F_REQUEST | _NLM_F_DUMP, 1, 0, socket.AF_UNSPEC, 0, 0), (0, 0)
+        )
+        while True:
+            answer = asking.recv(_LONGEST_ANSWER_OF_MANY)
+            place = 0
+            while place < len(answer):
+                size, kind = struct.unpack_from("=IH", answer, place)
+                if kind == _NLMSG_DONE:
+                    return
+                if kind == _NLMSG_ERROR:
+                    (code,) = struct.unpack_from("=i", answer, place + 16)
+                    raise OSError(-code, os.strerror(-code))
+                message = answer[place : place + size]
+                if _vip_key(message) in vip_ports:
+                    # As the news of a new entry is marked, and as one of many.
+                    yield bytes(_ETHERNET_HEADER) + message[:6] + _AS_NEWS + message[8:12] + bytes(4) + message[16:]
+                place += size + 3 & ~3
+
+
+def _vip_key(message: bytes) -> bytes | None:
+    """Name the VIP port to which an entry's original tuple goes (ctnetlink_dump_tuples)."""
+    ipv4 = message[16] == socket.AF_INET
+    # Headers of the message, the tuple, its addresses and the source's; source; header of the destination.
+    at = 32 + (4 if ipv4 else 16) + 4
+    end = at + (4 if ipv4 else 16)
+    if len(message) < end + 28:
+        return None
+    address = (MAPPED_PREFIX if ipv4 else b"") + message[at:end]
+    return VIP_KEY.pack(address, message[end + 24 : end + 26], message[end + 8])
+
+
 class Places:
-    """The writer of the table of places; knows what it wrote, so it writes only changes."""
+    """The writer of the table of places; knows what it holds, so it writes only changes."""
 
     def __init__(self, table: Map) -> None:
         self._table = table
         self._written: dict[Prefix, Place] = {}
+        for key in table.keys():  # noqa: SIM118 - no dict; what an agent before this one wrote
+            if (value := table.get(key)) is not None:
+                self._written[Prefix(*PREFIX.unpack(key))] = Place(*PLACE.unpack(value))
 
     def __len__(self) -> int:
         return len(self._written)

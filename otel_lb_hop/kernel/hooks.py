@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from otel_lb_hop.core.interfaces import Link
     from otel_lb_hop.kernel.netlink import Netlink
+    from otel_lb_hop.kernel.pins import Pins
 
 log = logging.getLogger(__name__)
 
@@ -41,29 +42,55 @@ class Attachment(Protocol):
     def detach(self) -> None:
         """Take them off; an interface that has gone is no error."""
 
+    def let_be(self) -> None:
+        """Let go of them, and leave them there as far as they can be without this process."""
+
 
 class TcxAttachment:
-    """Tcx links, before all other programs. They end with their descriptors, so a kill leaves nothing."""
+    """Tcx links, before all other programs. They end with their descriptors, or with their pins."""
 
-    def __init__(self, ifindex: int, programs: Sequence[Program]) -> None:
+    def __init__(self, ifindex: int, programs: Sequence[Program], pins: Pins | None) -> None:
+        self._ifindex = ifindex
+        self._programs = programs
+        self._pins = pins
         self._fds: list[int] = []
         try:
             for each in programs:
-                kind = bpf.BPF_TCX_INGRESS if each.ingress else bpf.BPF_TCX_EGRESS
-                self._fds.append(bpf.attach_tcx(each.fd, ifindex, kind))
+                self._fds.append(self._obtain(each))
         except OSError:
             self.detach()
             raise
 
     def alive(self) -> bool:
         """Ask the links: one whose interface was deleted names none any more."""
-        return all(bpf.tcx_ifindex(fd) for fd in self._fds)
+        return all(bpf.link_info(fd).ifindex for fd in self._fds)
 
     def detach(self) -> None:
-        """Close the links."""
+        """Take the programs off."""
+        if self._pins:
+            for each in self._programs:
+                self._pins.unpin_link(self._ifindex, each.name)
+        self.let_be()
+
+    def let_be(self) -> None:
+        """Close the links; what is pinned stays attached."""
         for fd in self._fds:
             os.close(fd)
         self._fds = []
+
+    def _obtain(self, program: Program) -> int:
+        """Take over the link that an agent before this one pinned, or make one."""
+        if self._pins and (fd := self._pins.obtain_link(self._ifindex, program.name, program.fd)) is not None:
+            return fd
+        kind = bpf.BPF_TCX_INGRESS if program.ingress else bpf.BPF_TCX_EGRESS
+        fd = bpf.attach_tcx(program.fd, self._ifindex, kind)
+        if self._pins:
+            try:
+                self._pins.pin_link(self._ifindex, program.name, fd)
+            except OSError:
+                os.close(fd)
+                raise
+        return fd
 
 
 class ClsactAttachment:
@@ -94,15 +121,23 @@ class ClsactAttachment:
             if error.errno not in {errno.ENODEV, errno.ENOENT, errno.EINVAL}:
                 raise
 
+    def let_be(self) -> None:
+        """Do nothing: filters need nobody to hold them."""
+
 
 class Hooks:
     """The set of hooked interfaces. `reconcile` makes it match what is wanted and is called on every change.
 
     An interface has the two programs that watch TCP and, while it is asked for, one more that watches datagrams.
+    With pins what is attached outlives the agent, and what one before it attached is taken over.
     """
 
-    def __init__(self, programs: Mapping[str, int], netlink: Netlink, *, tcx: bool | None = None) -> None:
+    def __init__(
+        self, programs: Mapping[str, int], netlink: Netlink, pins: Pins | None = None, *, tcx: bool | None = None
+    ) -> None:
         self._netlink = netlink
+        self._pins = pins
+        self._settled = False
         self._tcx = tcx
         self._tcp, self._datagrams = {}, {}
         for ethernet, suffix in ((True, ""), (False, "_l3")):
@@ -148,12 +183,23 @@ class Hooks:
             except OSError as error:
                 if error.errno != errno.ENODEV:  # gone again since it was listed
                     self.problems[link.name] = str(error)
+        if self._pins and not self._settled:
+            # What an agent before this one watched, and this one does not.
+            self._pins.unpin_links_except(
+                (index, program.name)
+                for (index, kind), (link, _) in self._attached.items()
+                for program in self._programs_of(link, datagrams=kind)
+            )
+            self._settled = True
+
+    def _programs_of(self, link: Link, *, datagrams: bool) -> Sequence[Program]:
+        return (self._datagrams if datagrams else self._tcp)[link.ethernet]
 
     def _attach(self, link: Link, *, datagrams: bool) -> Attachment:
-        programs = (self._datagrams if datagrams else self._tcp)[link.ethernet]
+        programs = self._programs_of(link, datagrams=datagrams)
         if self._tcx is not False:
             try:
-                attachment = TcxAttachment(link.index, programs)
+                attachment = TcxAttachment(link.index, programs, self._pins)
             except OSError as error:
                 # Linux before 6.6 does not know the attach type.
                 if self._tcx or error.errno != errno.EINVAL:
@@ -176,7 +222,28 @@ class Hooks:
             log.warning("taking the programs off %s failed: %s", link.name, error)
 
     def close(self) -> None:
-        """Take everything off."""
+        """Take everything off; what is pinned stays where it is and goes on."""
         for link, attachment in self._attached.values():
-            self._detach(link, attachment)
+            if self._pins:
+                attachment.let_be()
+            else:
+                self._detach(link, attachment)
         self._attached = {}
+
+
+def remove_filters(programs: Iterable[str], netlink: Netlink) -> int:
+    """Take the filters of these programs off all interfaces, whoever attached them; answers how many interfaces."""
+    cleared = 0
+    for link in netlink.links():
+        found = [
+            (parent, name)
+            for parent in (INGRESS_PARENT, EGRESS_PARENT)
+            for name in programs
+            if netlink.has_filter(link.index, parent, name)
+        ]
+        for parent, name in found:
+            netlink.delete_filter(link.index, parent, name)
+        if found:
+            netlink.delete_empty_clsact(link.index)
+        cleared += bool(found)
+    return cleared

@@ -1,8 +1,14 @@
-"""Starts the compile child and takes over the programs and maps that it loaded."""
+"""Gets programs and maps: those that an agent before this one pinned, or new ones from the compile child.
+
+What of the pinned is taken over depends on what has changed since: nothing, then all of it, without a compiler; the
+programs, then new ones are made for the same maps; the layout, then nothing.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import mmap
 import os
 import platform
@@ -11,15 +17,27 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from otel_lb_hop.core import layout
+from otel_lb_hop.core.pinned import NAME_BYTES, NOTE_BYTES, STATE, State, pack_state
 from otel_lb_hop.errors import KernelError
+from otel_lb_hop.kernel import bpf
 from otel_lb_hop.kernel.bpf import Map
-from otel_lb_hop.kernel.compiler import MAX_MESSAGE
+from otel_lb_hop.kernel.compiler import MAX_FDS, MAX_MESSAGE
+from otel_lb_hop.kernel.pins import NOTES, own_netns
+from otel_lb_hop.kernel.ring import Ring
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from otel_lb_hop.kernel.pins import PinFolder, Pinning, Pins
+
+log = logging.getLogger(__name__)
 
 COMPILE_SECONDS = 60
 PROGRAMS = {
@@ -44,6 +62,8 @@ class Sizes(NamedTuple):
     places: int = 16_384
     datagram_flows: int = 8_192
     """Of about 130 bytes each, taken from the kernel's memory at once."""
+    told_flows: int = 16_384
+    """The same."""
     table_buckets: int = 4_096
     """Of 8 handshakes and 1,088 bytes each: 32,768 handshakes."""
     ring_pages: int = 64
@@ -57,6 +77,7 @@ class Sizes(NamedTuple):
             "LBH_MAX_HOPS": self.hops,
             "LBH_MAX_PLACES": self.places,
             "LBH_MAX_DATAGRAM_FLOWS": self.datagram_flows,
+            "LBH_MAX_TOLD_FLOWS": self.told_flows,
             "LBH_TABLE_BUCKETS": self.table_buckets,
             "LBH_RING_PAGES": self.ring_pages,
         }
@@ -64,7 +85,7 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The programs' descriptors and the maps, alive as long as this process holds them."""
+    """The programs' descriptors and the maps: alive as long as this process holds them, or as they are pinned."""
 
     programs: dict[str, int]
     vip_ports: Map
@@ -75,9 +96,22 @@ class Loaded:
     uplinks: Map
     settings: Map
     events: Map
+    told_flows: Map
+    names: Map
+    """By row id: whose counters a row holds (core/pinned.py)."""
+    notes: Map
+    """State, journal and mark (core/pinned.py)."""
     records_fd: int
     sizes: Sizes
+    state: State
+    pins: Pins | None
+    """None if nothing is pinned."""
+    inherited: bool
+    """Whether the maps are those of an agent before this one."""
+    left_behind: int
+    """Records in a ring that gave way to one of another size."""
     compile_seconds: float
+    """0: nothing was compiled."""
 
 
 SMALLEST_RING_PAGES = 16
@@ -90,7 +124,13 @@ def ring_pages(records_per_second: int) -> int:
     return min(max(SMALLEST_RING_PAGES, 1 << wanted.bit_length()), LARGEST_RING_PAGES)
 
 
-_MAPS = ("vip_ports", "backends", "vip_stats", "hop_stats", "places", "uplinks", "settings", "events", "records")
+_NAMES = "names"
+_RING = "records"
+_MAPS = (
+    "vip_ports", "backends", "vip_stats", "hop_stats", "places", "uplinks", "settings", "events", _RING,
+    "datagram_flows", "told_flows", "recent", "handshake_tags", "handshakes", "record_due_ns", "sweep_cursor",
+)  # fmt: skip
+"""The programs' maps."""
 
 
 def bpf_folder() -> Path:
@@ -121,24 +161,41 @@ def _explain(error: str, output: str) -> str:
     return f"{hint}: {error} {last[0]}".strip()
 
 
-def _request(sizes: Sizes) -> dict[str, Any]:
-    folder = bpf_folder()
-    # The secret by which the handshake table is hashed.
-    secrets = {f"LBH_HASH_{name}": f"{int.from_bytes(os.urandom(8))}ull" for name in ("MULTIPLIER", "ADDEND")}
-    defines: dict[str, int | str] = {**sizes.defines(), **secrets}
+def _sources(folder: Path) -> list[Path]:
+    return [folder / "lb_hop.c", *sorted(folder.glob("*.h")), *sorted((folder / "include").rglob("*.h"))]
+
+
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8) + part)
+    return digest.hexdigest()
+
+
+def _layout(sizes: Sizes) -> str:
+    """Name what the maps hold. The ring is none of it: it can be exchanged."""
+    shapes = (
+        layout.LAYOUT_VERSION, sizes._replace(ring_pages=0), _MAPS, NAME_BYTES, NOTE_BYTES, layout.RING_STRIDE,
+        layout.VIP_STATS_WORDS, layout.HOP_STATS_WORDS, layout.VIP_KEY.size, layout.BACKEND_KEY.size,
+        layout.SETTINGS.size,
+    )  # fmt: skip
+    return _digest(repr(shapes).encode())
+
+
+def _build(defines: Mapping[str, int | str]) -> str:
+    """Name what the programs are made of, all but the secrets."""
+    sources = [path.read_bytes() for path in _sources(bpf_folder())]
+    return _digest(repr((sorted(defines.items()), sorted(PROGRAMS.items()))).encode(), *sources)
+
+
+def _defines(sizes: Sizes) -> dict[str, int | str]:
+    defines: dict[str, int | str] = {**sizes.defines()}
     if _kernel_version() < (5, 12):
         defines["LBH_NO_COMPARE_EXCHANGE"] = 1
-    return {
-        "source": str(folder / "lb_hop.c"),
-        "includes": [str(folder)],
-        "headers": str(folder / "include"),
-        "defines": defines,
-        "programs": PROGRAMS,
-        "maps": _MAPS,
-    }
+    return defines
 
 
-def _ask_child(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
+def _ask_child(request: dict[str, Any], given: Mapping[str, int]) -> tuple[dict[str, Any], dict[str, int]]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         argv = [sys.executable, "-m", "otel_lb_hop.kernel.compiler", str(theirs.fileno())]
@@ -153,9 +210,9 @@ def _ask_child(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         ) as child:
             theirs.close()
             ours.settimeout(COMPILE_SECONDS)
-            ours.send(json.dumps(request).encode())
+            socket.send_fds(ours, [json.dumps(request).encode()], list(given.values()))
             try:
-                message, fds, _, _ = socket.recv_fds(ours, MAX_MESSAGE, len(PROGRAMS) + len(_MAPS))
+                message, fds, _, _ = socket.recv_fds(ours, MAX_MESSAGE, MAX_FDS)
             except TimeoutError:
                 child.kill()
                 message, fds = b"", []
@@ -166,39 +223,151 @@ def _ask_child(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         for fd in fds:
             os.close(fd)
         raise KernelError(_explain(answer["error"], output))
-    return answer, fds
+    return answer, dict(zip([*answer["programs"], *answer["maps"]], fds, strict=True))
 
 
-def load(sizes: Sizes | None = None) -> Loaded:
-    """Compile and load the programs in a child process; raises KernelError with what to do about it."""
+def _compile(sizes: Sizes, secrets: tuple[int, int], given: Mapping[str, int]) -> tuple[dict[str, int], float]:
+    """Compile and load for the maps given and new ones; answers the descriptors by name and the seconds it took."""
+    folder = bpf_folder()
+    multiplier, addend = secrets
+    request = {
+        "source": str(folder / "lb_hop.c"),
+        "includes": [str(folder)],
+        "headers": str(folder / "include"),
+        "defines": _defines(sizes) | {"LBH_HASH_MULTIPLIER": f"{multiplier}ull", "LBH_HASH_ADDEND": f"{addend}ull"},
+        "programs": PROGRAMS,
+        "maps": _MAPS,
+        "given": list(given),
+    }
+    answer, fds = _ask_child(request, given)
+    return fds, answer["seconds"]
+
+
+def load(sizes: Sizes | None = None, folder: PinFolder | None = None) -> Loaded:
+    """Take over what is pinned in the folder, or load anew; raises KernelError with what to do about it.
+
+    Without a folder, or where the kernel lets nothing be pinned there, all ends with this process.
+    """
     sizes = sizes or Sizes()
-    answer, fds = _ask_child(_request(sizes))
-    fd_of = dict(zip([*answer["programs"], *answer["maps"]], fds, strict=True))
+    if not folder:
+        return _load_anew(sizes, None)
+    if (found := folder.find()) is not None:
+        pins, state = found
+        if state.netns != own_netns():
+            raise KernelError(
+                f"{folder.path} has the counters of another network namespace: give each node a place of its own by "
+                "OTEL_LB_HOP_PIN_PATH, or, if that one is gone, run otel-lb-hop uninstall"
+            )
+        if state.layout == _layout(sizes):
+            return _take_over(sizes, pins, state)
+        log.warning("the layout of the counters has changed: all series begin anew, with a new start time")
+    try:
+        pins = folder.make()
+    except OSError as error:
+        log.warning("%s takes no pins: %s", folder.path, error)
+        return _load_anew(sizes, None)
+    return _load_anew(sizes, pins)
+
+
+def _load_anew(sizes: Sizes, pins: Pins | None) -> Loaded:
+    secrets = int.from_bytes(os.urandom(8)), int.from_bytes(os.urandom(8))
+    fds, seconds = _compile(sizes, secrets, {})
+    names = bpf.create_map("hash", 4, NAME_BYTES, sizes.vip_ports + sizes.hops, _NAMES)
+    notes = bpf.create_map("array", 4, NOTE_BYTES, 3, NOTES)
+    state = State(_layout(sizes), _build(_defines(sizes)), secrets, time.time_ns(), own_netns(), 0)
+    notes.put(_index(STATE), pack_state(state))
+    if pins:
+        for name in _MAPS:
+            pins.pin_map(name, fds[name])
+        for name in PROGRAMS:
+            pins.pin_program(name, fds[name])
+        pins.pin_map(_NAMES, names.fd)
+        pins.pin_map(NOTES, notes.fd)  # last: with it the generation is complete
+    return _loaded(fds | {_NAMES: names.fd, NOTES: notes.fd}, sizes, state, pins, compile_seconds=seconds)
+
+
+def _take_over(sizes: Sizes, pins: Pins, state: State) -> Loaded:
+    fds = {name: pins.open_map(name) for name in (*_MAPS, _NAMES, NOTES)}
+    build = _build(_defines(sizes))
+    left_behind, seconds = 0, 0.0
+    if state.build == build:
+        fds |= {name: pins.open_program(name) for name in PROGRAMS}
+    else:
+        log.info("the programs have changed: new ones go on with the same counters")
+        given = {name: fds[name] for name in _MAPS}
+        if bpf.map_entries(fds[_RING]) != sizes.ring_pages * mmap.PAGESIZE:
+            del given[_RING]
+        made, seconds = _compile(sizes, state.hash_secrets, given)
+        notes = Map(fds[NOTES], 4, NOTE_BYTES)
+        # Until all are there nobody takes the pinned programs for these.
+        notes.put(_index(STATE), pack_state(state._replace(build="")))
+        for name in PROGRAMS:
+            pins.pin_program(name, made[name])
+        if _RING not in given:
+            before = Ring(fds[_RING], state.earlier_records)
+            left_behind = before.pending_records
+            state = state._replace(earlier_records=before.seen)
+            before.close()
+            pins.pin_map(_RING, made[_RING])
+        state = state._replace(build=build)
+        notes.put(_index(STATE), pack_state(state))
+        fds |= made
+    return _loaded(fds, sizes, state, pins, inherited=True, left_behind=left_behind, compile_seconds=seconds)
+
+
+def _index(number: int) -> bytes:
+    return number.to_bytes(4, sys.byteorder)
+
+
+def _loaded(
+    fds: Mapping[str, int],
+    sizes: Sizes,
+    state: State,
+    pins: Pins | None,
+    *,
+    inherited: bool = False,
+    left_behind: int = 0,
+    compile_seconds: float,
+) -> Loaded:
     return Loaded(
-        programs={name: fd_of[name] for name in PROGRAMS},
-        vip_ports=Map(fd_of["vip_ports"], layout.VIP_KEY.size, layout.VIP_VALUE.size),
-        backends=Map(fd_of["backends"], layout.BACKEND_KEY.size, 4),
-        vip_stats=Map(fd_of["vip_stats"], 4, layout.VIP_STATS_WORDS * 8, per_cpu=True),
-        hop_stats=Map(fd_of["hop_stats"], 4, layout.HOP_STATS_WORDS * 8, per_cpu=True),
-        places=Map(fd_of["places"], layout.PREFIX.size, layout.PLACE.size),
-        uplinks=Map(fd_of["uplinks"], 4, layout.UPLINKS.size),
-        settings=Map(fd_of["settings"], 4, layout.SETTINGS.size),
-        events=Map(fd_of["events"], 4, 8, per_cpu=True),
-        records_fd=fd_of["records"],
+        programs={name: fds[name] for name in PROGRAMS},
+        vip_ports=Map(fds["vip_ports"], layout.VIP_KEY.size, layout.VIP_VALUE.size),
+        backends=Map(fds["backends"], layout.BACKEND_KEY.size, 4),
+        vip_stats=Map(fds["vip_stats"], 4, layout.VIP_STATS_WORDS * 8, per_cpu=True),
+        hop_stats=Map(fds["hop_stats"], 4, layout.HOP_STATS_WORDS * 8, per_cpu=True),
+        places=Map(fds["places"], layout.PREFIX.size, layout.PLACE.size),
+        uplinks=Map(fds["uplinks"], 4, layout.UPLINKS.size),
+        settings=Map(fds["settings"], 4, layout.SETTINGS.size),
+        events=Map(fds["events"], 4, 8, per_cpu=True),
+        told_flows=Map(fds["told_flows"], layout.FLOW_BYTES, layout.TOLD_BYTES),
+        names=Map(fds[_NAMES], 4, NAME_BYTES),
+        notes=Map(fds[NOTES], 4, NOTE_BYTES),
+        records_fd=fds[_RING],
         sizes=sizes,
-        compile_seconds=answer["seconds"],
+        state=state,
+        pins=pins,
+        inherited=inherited,
+        left_behind=left_behind,
+        compile_seconds=compile_seconds,
     )
 
 
-def begin_loading(sizes: Sizes) -> Future[Loaded]:
-    """Load in the background; the result, or KernelError, is in the future. It ends with the process."""
+class Loading(NamedTuple):
+    """A load under way: where it pins, and what comes of it, Loaded or KernelError."""
+
+    pinning: Pinning
+    loaded: Future[Loaded]
+
+
+def begin_loading(sizes: Sizes, pinning: Pinning) -> Loading:
+    """Load in the background; that ends with the process."""
     future: Future[Loaded] = Future()
 
     def work() -> None:
         try:
-            future.set_result(load(sizes))
+            future.set_result(load(sizes, pinning.folder))
         except BaseException as error:  # noqa: BLE001 - whatever it is, whoever waits has to hear of it
             future.set_exception(error)
 
     threading.Thread(target=work, name="load", daemon=True).start()
-    return future
+    return Loading(pinning, future)

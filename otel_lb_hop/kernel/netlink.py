@@ -11,6 +11,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from otel_lb_hop.core.interfaces import Link, Prefix, Route, Way
+from otel_lb_hop.kernel import bpf
 from otel_lb_hop.model import pack_address
 from otel_lb_hop.slim_import import without_package_init
 
@@ -75,15 +76,20 @@ class Netlink:
     def add_filter(self, ifindex: int, parent: str, fd: int, name: str) -> None:
         """Attach a tc program in direct-action mode on the clsact qdisc, which is added if need be.
 
-        A filter of ours that a killed agent left is removed first.
+        A filter of ours that an agent before this one left is replaced, with no packet in between, or kept if it has
+        this program.
         """
         try:
             self._socket.tc("add", "clsact", ifindex)
         except NetlinkError as error:
             if error.code != errno.EEXIST:
                 raise
-        self.delete_filter(ifindex, parent, name)
-        self._socket.tc("add-filter", "bpf", ifindex, fd=fd, name=name, parent=parent, prio=1, direct_action=True)
+        ours = [message for message in self._filters(ifindex, parent) if _filter_name(message) == name]
+        if ours and ours[0].get_attr("TCA_OPTIONS").get_attr("TCA_BPF_ID") == bpf.program_id(fd):
+            return
+        place = {"handle": ours[0]["handle"], "prio": ours[0]["info"] >> 16} if ours else {"prio": 1}
+        command = "replace-filter" if ours else "add-filter"
+        self._socket.tc(command, "bpf", ifindex, fd=fd, name=name, parent=parent, direct_action=True, **place)
 
     @_os_errors()
     def delete_filter(self, ifindex: int, parent: str, name: str) -> None:

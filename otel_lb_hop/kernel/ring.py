@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from otel_lb_hop.core.layout import RING_STRIDE, walk_ring
+from otel_lb_hop.kernel import bpf
 
 if TYPE_CHECKING:
     from otel_lb_hop.core.layout import RawRecord
@@ -21,13 +22,17 @@ class Ring:
     and reading the record the interpreter executes far more than any reordering window of the CPU.
     """
 
-    def __init__(self, fd: int, pages: int) -> None:
+    def __init__(self, fd: int, earlier: int = 0) -> None:
+        """`earlier`: how many records went through rings that this one replaced."""
         page = mmap.PAGESIZE
-        self.capacity = pages * page
+        self.capacity = bpf.map_entries(fd)
         self._consumer = mmap.mmap(fd, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         self._producer = mmap.mmap(fd, page + 2 * self.capacity, mmap.MAP_SHARED, mmap.PROT_READ, offset=page)
         self._data = memoryview(self._producer)[page:]
         self._position = int.from_bytes(self._consumer[:8], sys.byteorder)
+        self._earlier = earlier
+        self.taken_before = earlier + self._position // RING_STRIDE
+        """Records that were given out before this process began, to agents before it."""
         self.taken = 0
         """Records that were given out."""
         self.wrong_size = 0
@@ -35,7 +40,7 @@ class Ring:
     @property
     def seen(self) -> int:
         """How many records were ever put in, read or not: the kernel's position, in records."""
-        return int.from_bytes(self._producer[:8], sys.byteorder) // RING_STRIDE
+        return self._earlier + int.from_bytes(self._producer[:8], sys.byteorder) // RING_STRIDE
 
     @property
     def pending_records(self) -> int:

@@ -4,20 +4,40 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import sys
 import time
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from otel_lb_hop.core.layout import MAX_UPLINKS, UPLINKS, VIP_VALUE, Event, sum_cpus, unpack_hop_stats, unpack_vip_stats
+from otel_lb_hop.core.layout import (
+    HOP_STATS_WORDS,
+    MAX_UPLINKS,
+    UPLINKS,
+    VIP_KEY,
+    VIP_VALUE,
+    Event,
+    Unforwarded,
+    add_cpus,
+    sum_cpus,
+    unpack_hop_stats,
+    unpack_vip_stats,
+)
+from otel_lb_hop.core.ledger import Rows, count_rows
+from otel_lb_hop.core.pinned import JOURNAL, Journal, pack_journal, pack_name, unpack_journal, unpack_name
+from otel_lb_hop.core.topology import HopRow, VipRow
+from otel_lb_hop.errors import WireError
+from otel_lb_hop.model import Transport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
     from collections.abc import Set as AbstractSet
 
     from otel_lb_hop.core.layout import HopStats, Settings, VipStats
-    from otel_lb_hop.core.topology import Rows, Tables
+    from otel_lb_hop.core.topology import Gone, Name, Tables, Topology
     from otel_lb_hop.kernel.bpf import Map
     from otel_lb_hop.kernel.loader import Loaded
+
+log = logging.getLogger(__name__)
 
 _Key = TypeVar("_Key")
 _Stats = TypeVar("_Stats", bound=tuple[object, ...])
@@ -38,15 +58,19 @@ class Snapshot(NamedTuple):
     events: tuple[int, ...]
 
 
-class LastCounts(NamedTuple):
-    """The counters of rows that are no more, by id."""
+class Inheritance(NamedTuple):
+    """What an agent before this one left: the rows by id, and an id below which all may have been used."""
 
-    vips: dict[int, VipStats]
-    hops: dict[int, HopStats]
+    names: dict[int, Name]
+    last_id: int
 
 
 def _id(number: int) -> bytes:
     return number.to_bytes(4, sys.byteorder)
+
+
+def _number(key: bytes) -> int:
+    return int.from_bytes(key, sys.byteorder)
 
 
 class KernelTables:
@@ -63,21 +87,77 @@ class KernelTables:
         self._uplinks: frozenset[int] = frozenset()
         self._vip_ids: set[int] = set()
         self._hop_ids: set[int] = set()
+        self.forgotten = Rows(0, 0)
+        """What rows that are gone had counted."""
+
+    def adopt(self) -> Inheritance:
+        """Find out what the kernel holds from an agent before, and finish what that one had begun.
+
+        What its tables point to stays so until `drop_unknown`.
+        """
+        loaded = self._loaded
+        journal = unpack_journal(loaded.notes.get(_id(JOURNAL)) or pack_journal(Journal(0, 0)))
+        self._carry_out(journal)
+        names: dict[int, Name] = {}
+        for key, raw in loaded.names.items():
+            try:
+                names[_number(key)] = unpack_name(raw)
+            except WireError as error:
+                log.warning("%s; its counters are lost", error)
+        vip_ids = {number for number, name in names.items() if isinstance(name.identity, VipRow)}
+        hop_ids = {
+            number
+            for number, (identity, _) in names.items()
+            if number in vip_ids or (isinstance(identity, HopRow) and identity.vip_id in vip_ids)
+        }
+        _make_rows(loaded.vip_stats, vip_ids)
+        _make_rows(loaded.hop_stats, hop_ids)
+        self._vip_ids, self._hop_ids = vip_ids, set(hop_ids)
+        for number in names.keys() - hop_ids:
+            loaded.names.delete(_id(number))
+            del names[number]
+        self._vip_ports = set(loaded.vip_ports.keys())
+        self._backends = set(loaded.backends.keys())
+        uplinks = loaded.uplinks.get(_id(0))
+        self._uplinks = frozenset(UPLINKS.unpack(uplinks) if uplinks else ()) - {0}
+        return Inheritance(names, max([journal.removed, *names], default=0))
+
+    @property
+    def vip_ports(self) -> AbstractSet[bytes]:
+        """The keys of the VIP ports that the kernel watches."""
+        return self._vip_ports
+
+    @property
+    def datagram_ports(self) -> AbstractSet[bytes]:
+        """Those of UDP and SCTP."""
+        return {key for key in self._vip_ports if VIP_KEY.unpack(key)[2] != Transport.TCP}
+
+    @property
+    def datagram_needs(self) -> tuple[int, int]:
+        """How many UDP and SCTP VIP ports the kernel watches, and how many of them have no endpoint."""
+        values = map(self._loaded.vip_ports.get, self.datagram_ports)
+        reasons = [VIP_VALUE.unpack(value)[1] for value in values if value]
+        return len(reasons), sum(reason != Unforwarded.DROPPED for reason in reasons)
+
+    def drop_unknown(self, tables: Tables) -> None:
+        """Let go, at the next `apply`, what an agent before this one wrote and no source names any more."""
+        tables.pending.vip_ports |= self._vip_ports - tables.vip_ports.keys()
+        tables.pending.backends |= self._backends - tables.backends.keys()
 
     def set_settings(self, settings: Settings) -> None:
         """Write the settings; before anything is attached."""
         self._loaded.settings.put(_id(0), settings.pack())
 
-    def apply(self, tables: Tables) -> None:
-        """Bring the kernel to these tables by what is pending, and take off what is done.
+    def apply(self, topology: Topology) -> None:
+        """Bring the kernel to the topology's tables by what is pending, and take off what is done.
 
         Does all that can be done, then raises the first OSError if there was one, as when a map is full; what could
         not be written stays pending.
         """
-        pending = tables.pending
+        tables, pending = topology.tables, topology.tables.pending
         errors: list[OSError] = []
-        _do_each(pending.vip_ids, self._add_vip_row, errors)
-        _do_each(pending.hop_ids, self._add_hop_row, errors)
+        _do_each(pending.vip_ids, lambda number: self._add_vip_row(number, topology), errors)
+        _do_each(pending.hop_ids, lambda number: self._add_hop_row(number, topology), errors)
         gone_backends = pending.backends - tables.backends.keys()
         gone_vip_ports = pending.vip_ports - tables.vip_ports.keys()
         pending.backends -= gone_backends
@@ -91,15 +171,38 @@ class KernelTables:
         if errors:
             raise errors[0]
 
-    def keep_rows(self, rows: Rows) -> LastCounts:
-        """Remove the rows that are no longer wanted; answers what they had counted at last."""
-        last = LastCounts(
-            hops=_remove(self._loaded.hop_stats, self._hop_ids - rows.hop_ids, unpack_hop_stats),
-            vips=_remove(self._loaded.vip_stats, self._vip_ids - rows.vip_ids, unpack_vip_stats),
-        )
-        self._vip_ids &= rows.vip_ids
-        self._hop_ids &= rows.hop_ids
-        return last
+    def forget(self, gone: Gone, topology: Topology) -> None:
+        """Remove rows. What they had counted goes into the rows named, or stands in `forgotten`."""
+        for hop_id, into in gone.hops:
+            if into and into not in self._hop_ids:
+                self._add_hop_row(into, topology)
+            self._forget(hop_id, is_vip=False, into=into)
+        for vip_id in gone.vip_ids:
+            self._forget(vip_id, is_vip=True, into=0)
+
+    def _forget(self, number: int, *, is_vip: bool, into: int) -> None:
+        """Write down what is to be done, then do it: whoever is killed in between leaves it to the next agent."""
+        table = self._loaded.vip_stats if is_vip else self._loaded.hop_stats
+        raw = table.get(_id(number))
+        counted, merged = Rows(0, 0), bytes(8 * HOP_STATS_WORDS)
+        if raw and into:
+            merged = add_cpus(raw, self._loaded.hop_stats.get(_id(into)) or b"", HOP_STATS_WORDS)
+        elif raw:
+            counted = count_rows([unpack_vip_stats(raw)] if is_vip else [], [] if is_vip else [unpack_hop_stats(raw)])
+        journal = Journal(*self.forgotten.plus(counted), number, is_vip, into, merged)
+        self._loaded.notes.put(_id(JOURNAL), pack_journal(journal))
+        self._carry_out(journal)
+        (self._vip_ids if is_vip else self._hop_ids).discard(number)
+
+    def _carry_out(self, journal: Journal) -> None:
+        loaded, key = self._loaded, _id(journal.removed)
+        self.forgotten = Rows(journal.connections, journal.verdicts)
+        if journal.into:
+            loaded.hop_stats.put(_id(journal.into), journal.merged)
+        (loaded.vip_stats if journal.is_vip else loaded.hop_stats).delete(key)
+        # The row of a VIP port's unknown backends goes before the VIP port's own, whose name it shares.
+        if loaded.vip_stats.get(key) is None:
+            loaded.names.delete(key)
 
     def usage(self) -> dict[str, tuple[int, int]]:
         """Entries and limit of each table."""
@@ -112,13 +215,21 @@ class KernelTables:
             "uplinks": (len(self._uplinks), MAX_UPLINKS),
         }
 
-    def _add_vip_row(self, number: int) -> None:
+    def _add_vip_row(self, number: int, topology: Topology) -> None:
+        self._put_name(number, topology)
         self._loaded.vip_stats.put(_id(number), b"")
         self._vip_ids.add(number)
 
-    def _add_hop_row(self, number: int) -> None:
+    def _add_hop_row(self, number: int, topology: Topology) -> None:
+        self._put_name(number, topology)
         self._loaded.hop_stats.put(_id(number), b"")
         self._hop_ids.add(number)
+
+    def _put_name(self, number: int, topology: Topology) -> None:
+        try:
+            self._loaded.names.put(_id(number), pack_name(topology.name_of(number)))
+        except WireError as error:
+            log.warning("its counters will begin anew when the agent does: %s", error)
 
     def _put_vip_port(self, key: bytes, value: bytes) -> None:
         vip_id = VIP_VALUE.unpack(value)[0]
@@ -171,6 +282,15 @@ class KernelTables:
         return tuple(counters)
 
 
+def _make_rows(table: Map, numbers: AbstractSet[int]) -> None:
+    """Let a table have exactly these rows. A row and its name do not come and go at the same moment."""
+    found = set(map(_number, table.keys()))
+    for number in found - numbers:
+        table.delete(_id(number))
+    for number in numbers - found:
+        table.put(_id(number), b"")
+
+
 def _read(table: Map, numbers: AbstractSet[int], unpack: Callable[[bytes], _Stats]) -> dict[int, _Stats]:
     """Read rows. Those that have counted nothing, in a large cluster almost all, share one value."""
     rows: dict[int, _Stats] = {}
@@ -188,16 +308,6 @@ def _read(table: Map, numbers: AbstractSet[int], unpack: Callable[[bytes], _Stat
         if single is not None:
             rows[number] = idle if single == zeros else unpack(single)
     return rows
-
-
-def _remove(table: Map, numbers: Iterable[int], unpack: Callable[[bytes], _Stats]) -> dict[int, _Stats]:
-    last = {}
-    for number in numbers:
-        raw = table.get(_id(number))
-        if raw is not None:
-            last[number] = unpack(raw)
-        table.delete(_id(number))
-    return last
 
 
 def _do_each(keys: set[_Key], work: Callable[[_Key], None], errors: list[OSError]) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 GRPC, HTTP = "grpc", "http/protobuf"
 PORT_OF = {GRPC: 4317, HTTP: 4318}
 SIGNALS = ("metrics", "logs", "traces")
+DELTAS = "cumulativetodelta"
 FULL = {"memory_limiter": {"check_interval": "100ms", "limit_mib": 1}}
 """A processor that refuses everything: the Collector itself is larger than that."""
 
@@ -38,6 +39,7 @@ class Collector:
     """Receives OTLP over gRPC and HTTP by both families on all addresses of mgmt. Use it as a context.
 
     With `compact`, logs are written in protobuf, to be counted by `arrivals`: JSON takes many times the CPU and room.
+    With `deltas`, metrics are also written as what its cumulativetodelta processor makes of them.
     """
 
     def __init__(
@@ -47,13 +49,14 @@ class Collector:
         *,
         compact: bool = False,
         processors: Mapping[str, Mapping[str, Any]] | None = None,
+        deltas: bool = False,
     ) -> None:
         self._host = lab.mgmt
         self.folder = lab.directory / name
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
         config = self.folder / "config.json"
-        config.write_text(json.dumps(_config(self.folder, processors or {}, compact=compact)), encoding="utf-8")
+        config.write_text(json.dumps(_config(self.folder, processors or {}, compact=compact, deltas=deltas)))
         with (self.folder / "stderr").open("w") as stderr:
             self.process = self._host.popen(
                 [str(build.build("otelcol")), "--config", str(config)], stdout=subprocess.DEVNULL, stderr=stderr
@@ -113,6 +116,10 @@ class Collector:
         """Every series so far of one metric or of all, each with its points in the order they came."""
         return [each for each in metric_series(self._lines("metrics")) if metric in {None, each.metric}]
 
+    def delta_series(self, metric: str) -> list[Series]:
+        """Every series so far of one metric as deltas."""
+        return [each for each in metric_series(self._lines("deltas")) if each.metric == metric]
+
     def wait_for_series(self, metric: str, good: Callable[[list[Series]], bool], seconds: float = 10) -> list[Series]:
         """Wait until the series of a metric are as they should be."""
 
@@ -160,23 +167,28 @@ def endpoint(address: str, protocol: str = GRPC) -> dict[str, str]:
     }
 
 
-def _config(folder: Path, processors: Mapping[str, Mapping[str, Any]], *, compact: bool) -> dict[str, Any]:
+def _config(
+    folder: Path, processors: Mapping[str, Mapping[str, Any]], *, compact: bool, deltas: bool
+) -> dict[str, Any]:
     exporters = {
         f"file/{signal}": {
             "path": str(folder / f"{signal}.json"),
             "flush_interval": "50ms",
             "format": "proto" if compact and signal == "logs" else "json",
         }
-        for signal in SIGNALS
+        for signal in (*SIGNALS, "deltas")
     }
     protocols = {"grpc": {"endpoint": "[::]:4317"}, "http": {"endpoint": "[::]:4318"}}
     pipelines = {
         signal: {"receivers": ["otlp"], "processors": [*processors], "exporters": [f"file/{signal}"]}
         for signal in SIGNALS
     }
+    if deltas:
+        exporter = "file/deltas"
+        pipelines["metrics/deltas"] = {"receivers": ["otlp"], "processors": [DELTAS], "exporters": [exporter]}
     return {
         "receivers": {"otlp": {"protocols": protocols}},
-        "processors": processors,
+        "processors": {**processors, DELTAS: {}},
         "exporters": exporters,
         "service": {
             "pipelines": pipelines,

@@ -191,10 +191,10 @@ def _point(point: Json, kind: str) -> Point:
     value, histogram = 0.0, None
     if kind == "histogram":
         histogram = Histogram(
-            int(point["count"]),
+            int(point.get("count", 0)),
             point["sum"],
-            tuple(map(int, point["bucketCounts"])),
-            tuple(point["explicitBounds"]),
+            tuple(map(int, point.get("bucketCounts", ()))),
+            tuple(point.get("explicitBounds", ())),
             point.get("min"),
             point.get("max"),
         )

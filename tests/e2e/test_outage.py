@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -16,7 +14,7 @@ from tests.e2e.collector import FULL, GRPC, HTTP, Collector, endpoint
 from tests.e2e.conftest import TARGET_PORT
 from tests.e2e.firewall import deafen, hear
 from tests.lab.agent import Account, Agent, agents_on
-from tests.lab.generator import Generator, forget_closed_quickly
+from tests.lab.generator import Generator, Traffic, forget_closed_quickly
 from tests.lab.requirements import needs_lab
 from tests.lab.waiting import wait_for
 
@@ -187,35 +185,6 @@ def test_end_before_the_collector_ever_answered(lab: Lab, protocol: str, *, deaf
         assert fate(agent, signal) == (0, {"shutdown": SENT})
 
 
-class Traffic:
-    """Connections to the fast VIP all the time, 10,000 a second or as many as the machine makes, while inside."""
-
-    def __init__(self, lab: Lab, generator: Generator) -> None:
-        self._lab = lab
-        self._generator = generator
-        self._enough = threading.Event()
-
-    def __enter__(self) -> Self:
-        self._thread = ThreadPoolExecutor(1)
-        self._made = self._thread.submit(self._run)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._enough.set()
-        self._thread.shutdown()
-
-    def end(self) -> int:
-        """Make the last ones; answers how many there were."""
-        self._enough.set()
-        return self._made.result()
-
-    def _run(self) -> int:
-        made = 0
-        while not self._enough.is_set():
-            made += self._generator.call(self._lab, FAST_VIP, 80, 2, RATE).made
-        return made
-
-
 def lost_logs(agent: Agent) -> int:
     """Tell how many logs have given way to newer ones so far."""
     lost: int = agent.shipped("logs")["dropped"].get("queue_full", 0)
@@ -252,7 +221,7 @@ def test_outage_under_load(lab: Lab, tmp_path: Path, protocol: str, seconds: flo
     with (
         generator.serving(lab.pods[1], FAST_PORT),
         agents_on(lab.nodes[:1], lab.vips_path, settings) as (agent,),
-        Traffic(lab, generator) as traffic,
+        Traffic(lab, generator, FAST_VIP, RATE) as traffic,
     ):
         with Collector(lab, "first", compact=True) as first:
             wait_for("records", lambda: exported(agent, "logs", 2 * RATE), 30)

@@ -30,8 +30,8 @@ class Burst:
         vip_port = VipPort(pack_address("10.0.10.9"), 80, Transport.TCP, "default", "web", Policy.CLUSTER, (backend,))
         self.topology = Topology("node1")
         self.topology.replace(Cluster((vip_port,)), 1)
-        self.tables.apply(self.topology.tables)
-        self.ring = Ring(loaded.records_fd, loaded.sizes.ring_pages)
+        self.tables.apply(self.topology)
+        self.ring = Ring(loaded.records_fd)
         self._made = 0
         self._syn = packet(("198.51.100.7", 0), ("10.0.10.9", 80), 0x02)
         self._translated = packet(("172.18.0.1", 0), ("10.100.2.2", 8080), 0x02)

@@ -150,7 +150,7 @@ class Rig:
         self.loaded = loaded
         self.namespace = namespace
         self.uplink, self.pod, self.peer = namespace.uplink, namespace.pod, namespace.far_uplink
-        self.ring = Ring(loaded.records_fd, loaded.sizes.ring_pages)
+        self.ring = Ring(loaded.records_fd)
         inner = _maps_of(loaded.programs["lbh_sweep"])
         datagrams = _maps_of(loaded.programs["lbh_datagram"])
         self._inner_fds = [*inner.values(), *datagrams.values()]
@@ -201,7 +201,7 @@ class Rig:
         """Tell the kernel about VIP ports, through topology and tables as the agent does."""
         nodes = (Node(NODE, "a"), Node("node2", "b"))
         self.topology.replace(Cluster(vip_ports, nodes), 1)
-        self.tables.apply(self.topology.tables)
+        self.tables.apply(self.topology)
         marked = []
         for vip_port in vip_ports:
             rows = self.topology.vips.by_id.items()

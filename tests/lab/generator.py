@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -59,6 +61,37 @@ class Generator:
         if failed:
             raise AssertionError(f"{failed} of {made + failed} connections failed")
         return Called(made, took_ns / 1e9)
+
+
+class Traffic:
+    """Connections to port 80 of a VIP all the time, so many a second or as many as the machine makes, while inside."""
+
+    def __init__(self, lab: Lab, generator: Generator, vip: str, rate: int) -> None:
+        self._lab = lab
+        self._generator = generator
+        self._vip = vip
+        self._rate = rate
+        self._enough = threading.Event()
+
+    def __enter__(self) -> Self:
+        self._thread = ThreadPoolExecutor(1)
+        self._made = self._thread.submit(self._run)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._enough.set()
+        self._thread.shutdown()
+
+    def end(self) -> int:
+        """Make the last ones; answers how many there were."""
+        self._enough.set()
+        return self._made.result()
+
+    def _run(self) -> int:
+        made = 0
+        while not self._enough.is_set():
+            made += self._generator.call(self._lab, self._vip, 80, 2, self._rate).made
+        return made
 
 
 def forget_closed_quickly(lab: Lab) -> None:

@@ -1,0 +1,220 @@
+"""The pins: names in a bpffs under which maps, programs and links outlive the agent.
+
+    PIN_PATH/                 locked (flock) by the agent that counts
+        GENERATION/           what one load made; complete once it has `notes`
+            NAME              a map
+            program_NAME
+            link_IFINDEX_PROGRAM
+
+The kernel frees what has neither a name nor a process that holds it: to unlink is to take off.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+import secrets
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from otel_lb_hop.core.layout import LAYOUT_VERSION
+from otel_lb_hop.core.pinned import NOTE_BYTES, STATE, State, unpack_state
+from otel_lb_hop.errors import KernelError, WireError
+from otel_lb_hop.kernel import bpf
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+log = logging.getLogger(__name__)
+
+NOTES = "notes"
+_PROGRAM, _LINK = "program_", "link_"
+_GENERATION = re.compile(r"v[0-9]+_[0-9a-f]{8}")
+_MOUNTS = Path("/proc/self/mountinfo")
+
+
+class Pins:
+    """The folder of one generation."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def pin_map(self, name: str, fd: int) -> None:
+        """Keep a map, in place of another of that name."""
+        self._pin(name, fd)
+
+    def open_map(self, name: str) -> int:
+        """Open a map."""
+        return bpf.open_pinned(self._folder / name)
+
+    def pin_program(self, name: str, fd: int) -> None:
+        """Keep a program, in place of another of that name."""
+        self._pin(_PROGRAM + name, fd)
+
+    def open_program(self, name: str) -> int:
+        """Open a program."""
+        return bpf.open_pinned(self._folder / (_PROGRAM + name))
+
+    def obtain_link(self, ifindex: int, program: str, program_fd: int) -> int | None:
+        """Open the link of that program on an interface, made to run exactly this one; None if there is none alive."""
+        path = self._link(ifindex, program)
+        try:
+            fd = bpf.open_pinned(path)
+        except FileNotFoundError:
+            return None
+        try:
+            joined = bpf.link_info(fd)
+            if joined.ifindex == ifindex:
+                if joined.program_id != bpf.program_id(program_fd):
+                    bpf.update_link(fd, program_fd)
+                return fd
+        except OSError:
+            os.close(fd)
+            raise
+        os.close(fd)
+        path.unlink()
+        return None
+
+    def pin_link(self, ifindex: int, program: str, fd: int) -> None:
+        """Keep a link."""
+        self._pin(_LINK + f"{ifindex}_{program}", fd)
+
+    def unpin_link(self, ifindex: int, program: str) -> None:
+        """Let a link go; one that is not there is no error."""
+        self._link(ifindex, program).unlink(missing_ok=True)
+
+    def unpin_links_except(self, kept: Iterable[tuple[int, str]]) -> None:
+        """Let all links go but these, each an interface and a program."""
+        names = {f"{_LINK}{ifindex}_{program}" for ifindex, program in kept}
+        for path in self._folder.iterdir():
+            if path.name.startswith(_LINK) and path.name not in names:
+                path.unlink()
+
+    def _link(self, ifindex: int, program: str) -> Path:
+        return self._folder / f"{_LINK}{ifindex}_{program}"
+
+    def _pin(self, name: str, fd: int) -> None:
+        path = self._folder / name
+        path.unlink(missing_ok=True)
+        bpf.pin(fd, path)
+
+
+class PinFolder:
+    """PIN_PATH, locked: whoever has it is the only agent that counts here."""
+
+    def __init__(self, path: Path, lock_fd: int) -> None:
+        self.path = path
+        self._lock_fd = lock_fd
+
+    def find(self) -> tuple[Pins, State] | None:
+        """Find the youngest complete generation; one that cannot be read is told in the log and left alone."""
+        found = []
+        for folder in self._generations():
+            try:
+                fd = bpf.open_pinned(folder / NOTES)
+            except FileNotFoundError:
+                continue  # an agent was killed while it made it
+            except OSError as error:
+                log.warning("%s cannot be opened: %s", folder, error)
+                continue
+            raw = bpf.Map(fd, 4, NOTE_BYTES).get(STATE.to_bytes(4, sys.byteorder))
+            os.close(fd)
+            try:
+                found.append((unpack_state(raw or b""), folder))
+            except WireError as error:
+                log.warning("%s: %s", folder, error)
+        if not found:
+            return None
+        state, folder = max(found, key=lambda each: each[0].created_ns)
+        return Pins(folder), state
+
+    def make(self) -> Pins:
+        """Make the folder of a new generation."""
+        folder = self.path / f"v{LAYOUT_VERSION}_{secrets.token_hex(4)}"
+        folder.mkdir(mode=0o700)
+        return Pins(folder)
+
+    def remove_except(self, kept: Pins | None) -> int:
+        """Take off all generations but this one; answers how many there were."""
+        gone = [folder for folder in self._generations() if not kept or folder != kept._folder]  # noqa: SLF001 - of this module
+        for folder in gone:
+            # Links first: what counts on must not find its maps half gone.
+            for path in sorted(folder.iterdir(), key=lambda path: not path.name.startswith(_LINK)):
+                path.unlink()
+            folder.rmdir()
+        return len(gone)
+
+    def remove(self) -> None:
+        """Take off everything, the folder too."""
+        self.remove_except(None)
+        self.path.rmdir()
+        os.close(self._lock_fd)
+
+    def _generations(self) -> list[Path]:
+        return [path for path in self.path.iterdir() if _GENERATION.fullmatch(path.name)]
+
+
+class Pinning(NamedTuple):
+    """Where to pin, or, if that was asked for and cannot be, why not."""
+
+    folder: PinFolder | None
+    problem: str | None
+
+
+def claim(path: Path | None) -> Pinning:
+    """Make and lock the folder of pins, if one is wanted; raises KernelError if another agent has it."""
+    if path is None:
+        return Pinning(None, None)
+    filesystem = _filesystem_of(path)
+    if filesystem != "bpf":
+        return Pinning(
+            None,
+            f"{path} is on {filesystem} and not on a bpffs; mount one (mount -t bpf bpf {path.parent}; in a pod a "
+            f"hostPath volume of {path.parent}), or set OTEL_LB_HOP_PIN_PATH to off",
+        )
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        return Pinning(None, f"{path} cannot be made: {error.strerror}")
+    if not os.access(path, os.W_OK | os.X_OK):
+        return Pinning(None, f"{path} is not writable")
+    return Pinning(_lock(path), None)
+
+
+def reclaim(path: Path) -> PinFolder | None:
+    """Lock the folder of pins if there is one; raises KernelError if an agent has it."""
+    return _lock(path) if path.is_dir() and _filesystem_of(path) == "bpf" else None
+
+
+def _lock(path: Path) -> PinFolder:
+    """Lock a folder of pins that is there; raises KernelError if an agent has it."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(fd)
+        raise KernelError(
+            f"another agent counts here, it holds {path}: stop that one first. Two would count every connection twice"
+        ) from error
+    return PinFolder(path, fd)
+
+
+def own_netns() -> int:
+    """Name the network namespace of this process by its inode."""
+    return Path("/proc/self/ns/net").stat().st_ino
+
+
+def _filesystem_of(path: Path) -> str:
+    """Name the type of the filesystem that a path, there or not, is on (proc_pid_mountinfo(5))."""
+    path = Path(os.path.realpath(path))
+    depth, kind = -1, "no filesystem"
+    for line in _MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+        mount, _, source = line.partition(" - ")
+        # Space, tab and newline in a path are written in octal.
+        point = Path(mount.split()[4].encode("latin-1", "surrogateescape").decode("unicode_escape"))
+        if path.is_relative_to(point) and len(point.parts) >= depth:
+            depth, kind = len(point.parts), source.split()[0]
+    return kind
