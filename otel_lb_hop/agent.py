@@ -172,7 +172,7 @@ class Agent:
         gc.freeze()
         log.info(
             "counting on %s (%s), %d VIP ports; %s",
-            ", ".join(self._hooks.interfaces), self._hooks.method, self._topology.watched, self._how_loaded(),
+            ", ".join(self._hooks.interfaces), self._hooks.method, self._watched, self._how_loaded(),
         )  # fmt: skip
 
     def _inherit(self) -> None:
@@ -441,7 +441,7 @@ class Agent:
         return SelfReport(
             events=events,
             stages=self._ledger().stages,
-            vip_ports=self._topology.watched,
+            vip_ports=self._watched,
             topology_age_s=self._topology.age_ns(time.time_ns()) / 1e9,
             map_usage=self._tables.usage() | {"places": (len(self._places), self._loaded.sizes.places)},
             parts_healthy={name: part.healthy for name, part in self._health.parts().items()},
@@ -468,6 +468,11 @@ class Agent:
                 self._unwritten = f"the kernel's tables do not hold the topology, the next try follows: {error}"
         return more
 
+    @property
+    def _watched(self) -> int:
+        """How many VIP ports are watched; before all sources have spoken, with those of an agent before this one."""
+        return len(self._tables.vip_ports) if self._unconfirmed else self._topology.watched
+
     def _report_topology(self) -> None:
         """Tell how sources and tables are. Without the sources the tables before serve on."""
         now_ns = time.time_ns()
@@ -480,19 +485,20 @@ class Agent:
                     log.info("%s: well", name)
             self._health.report(name, healthy=source.error is None, vital=False, detail=source.detail)
         skipped = [*self._topology.skipped, *self._feed.skipped]
-        size = self._topology.watched, len(skipped)
+        size = self._watched, len(skipped)
         if size != self._size:
             self._size = size
             log.info("topology: %d VIP ports, %d skipped", *size)
         if "topology" in self._failed:
             return  # as the loop has told
-        trouble = self._unwritten if self._feed.begun else "no source has told its VIP ports yet"
+        known = self._feed.begun or self._watched
+        trouble = self._unwritten if known else "no source has told its VIP ports yet"
         if trouble:
             log.error("topology: %s", trouble)
             self._health.report("topology", healthy=False, vital=True, detail=trouble)
             return
         detail = {
-            "vip_ports": self._topology.watched,
+            "vip_ports": self._watched,
             "skipped": [str(each) for each in skipped[:SKIPPED_SHOWN]],
             "skipped_more": max(0, len(skipped) - SKIPPED_SHOWN),
         }

@@ -18,6 +18,7 @@ from tests.cluster.knowledge import CONSOLE, Export, truth
 from tests.cluster.kube_proxy import Mode
 from tests.cluster.requirements import needs_control_plane
 from tests.lab.agent import Agent
+from tests.lab.bpffs import bpffs
 from tests.lab.waiting import wait_for
 
 if TYPE_CHECKING:
@@ -113,6 +114,28 @@ def test_restart(cluster: Cluster, signal: signals.Signals) -> None:
         plane.apply(*cluster.web(1))
         cluster.wait_until_right(agent)
         cluster.connect(agent, made)
+
+
+def test_absent_when_an_agent_begins_again(cluster: Cluster) -> None:
+    """With the counters of the agent before it, one that finds no server counts on by the VIP ports that it left."""
+    plane = cluster.plane
+    plane.apply(*cluster.new("new"))
+    with bpffs(cluster.lab.directory / "bpf") as mounted:
+        settings = plane.agent_settings() | CONSOLE | {"OTEL_LB_HOP_PIN_PATH": str(mounted / "pins")}
+        first = Agent(cluster.node, None, settings).wait_ready()
+        made = cluster.connect(first)
+        first.kill()
+        plane.stop()
+        assert [result.error for result in cluster.lab.connect(VIP, 80, SENT)] == [""] * SENT
+        with Agent(cluster.node, None, settings, name="second") as second:
+            assert second.readyz().content["degraded"] == ["kubernetes"]
+            assert second.part("topology")["detail"]["vip_ports"] == 2
+            made = cluster.connect(second, made + SENT)
+            plane.start()
+            plane.delete(*cluster.new("new"))
+            cluster.wait_until_right(second)
+            wait_for("the VIP port that went", lambda: second.part("topology")["detail"]["vip_ports"] == 1)
+            cluster.connect(second, made)
 
 
 def test_absent_from_boot(cluster: Cluster) -> None:

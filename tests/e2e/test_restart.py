@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from otel_lb_hop.agent import TICK_SECONDS
 from otel_lb_hop.core.pinned import NOTE_BYTES, STATE, pack_state, unpack_state
 from otel_lb_hop.kernel.bpf import BPF_TCX_EGRESS, BPF_TCX_INGRESS, Map, open_pinned
+from otel_lb_hop.model import Transport
 from tests.e2e.collector import Collector, endpoint
 from tests.e2e.conftest import TARGET_PORT
 from tests.lab import programs
@@ -38,6 +40,7 @@ SENT = 23
 VIP, FAST_VIP = "10.0.41.0", "10.0.41.1"
 RATE = 5_000
 FAST_PORT = 8081
+UDP_PORT = 8053
 KILLS = 20
 
 
@@ -61,6 +64,11 @@ def counted(collector: Collector) -> float:
     return sum(series.value for series in collector.series("lb_hop.connections"))
 
 
+def observed(series: Series) -> list[float]:
+    """Tell how many connections each point stands for."""
+    return [point.histogram.observations if point.histogram else point.value for point in series.points]
+
+
 def test_twenty_kills_under_load(lab: Lab, tmp_path: Path, pins: Path) -> None:
     """SIGKILL at any moment, also while it begins: counters are exact, never fall, and keep their start times."""
     forget_closed_quickly(lab)
@@ -68,7 +76,7 @@ def test_twenty_kills_under_load(lab: Lab, tmp_path: Path, pins: Path) -> None:
     moments = random.Random(6)
     with Collector(lab, compact=True, deltas=True) as collector:
         settings = collector.settings() | {"OTEL_LB_HOP_PIN_PATH": str(pins)}
-        begin = lambda: Agent(lab.nodes[0], lab.vips_path, settings)  # noqa: E731
+        begin = partial(Agent, lab.nodes[0], lab.vips_path, settings)
         agent = begin().wait_ready()
         with generator.serving(lab.pods[1], FAST_PORT), Traffic(lab, generator, FAST_VIP, RATE) as traffic:
             for _ in range(KILLS):
@@ -83,10 +91,10 @@ def test_twenty_kills_under_load(lab: Lab, tmp_path: Path, pins: Path) -> None:
         for metric in ("lb_hop.connections", "lb_hop.handshake.duration", "lb_hop.forward.duration"):
             for series in collector.series(metric):
                 assert len({point.start_ns for point in series.points}) == 1
-                values = [point.histogram.observations if point.histogram else point.value for point in series.points]
+                values = observed(series)
                 assert values == sorted(values)
         for metric in ("lb_hop.handshake.duration", "lb_hop.forward.duration"):
-            assert sum(each.last.histogram.observations for each in collector.series(metric)) == made
+            assert sum(observed(each)[-1] for each in collector.series(metric)) == made
         assert (
             sum(point.value for each in collector.delta_series("lb_hop.connections") for point in each.points) == made
         )
@@ -101,10 +109,14 @@ class Agents:
         self._settings = collector.settings() | {"OTEL_LB_HOP_PIN_PATH": str(pins)}
         self.sent = 0
 
+    def begin(self, **settings: str) -> Agent:
+        """Run one."""
+        return Agent(self._lab.nodes[0], self._lab.vips_path, self._settings | settings).wait_ready()
+
     @contextlib.contextmanager
     def one(self, **settings: str) -> Iterator[Agent]:
         """Run one; on exit it is ended by SIGTERM."""
-        with Agent(self._lab.nodes[0], self._lab.vips_path, self._settings | settings) as agent:
+        with self.begin(**settings) as agent:
             yield agent
 
     def send(self) -> None:
@@ -178,6 +190,36 @@ def test_counting_goes_on_without_an_agent(agents: Agents) -> None:
     assert ring == Account(3 * SENT, 2 * SENT, {}, 0, earlier=SENT)
 
 
+def test_flows_that_began_without_an_agent(lab: Lab, agents: Agents) -> None:
+    """What nobody heard of from conntrack is counted by the next agent, and what one had heard of is not again."""
+    dns = lab.vip_port(VIP, 53, service="dns", transport=Transport.UDP, backends=lab.pods, target_port=UDP_PORT)
+    lab.apply([dns], announce={VIP: lab.nodes[:1]})
+    for pod in lab.pods:
+        pod.serve_udp(UDP_PORT)
+
+    def ask() -> None:
+        assert all(answer.ok for answer in lab.client.send_udp(VIP, 53, SENT))
+        agents.sent += SENT
+
+    first = agents.begin()
+    assert first.part("conntrack")["detail"] == "heard"
+    ask()
+    agents.wait_for_all()
+    wait_for("log records", lambda: len(agents.collector.logs()) == SENT)
+    first.kill()
+    ask()
+    with agents.one() as second:
+        assert f"conntrack has {2 * SENT} connections of UDP or SCTP" in second.stderr
+        agents.wait_for_all()
+        ask()
+        agents.wait_for_all()
+    with agents.one():
+        ask()
+        found = agents.wait_for_all()
+    assert len(starts(found)) == 1
+    wait_for("log records", lambda: len(agents.collector.logs()) == 4 * SENT)
+
+
 def test_records_that_a_killed_agent_had(lab: Lab, pins: Path) -> None:
     """What an agent took from the ring and could not send is counted as lost by the next one, and all the rest told."""
     nowhere = endpoint(lab.mgmt.address4) | {"OTEL_LB_HOP_PIN_PATH": str(pins)}
@@ -217,9 +259,7 @@ def test_uninstall_leaves_nothing(lab: Lab, agents: Agents, pins: Path) -> None:
     assert agents.uninstall() == f"{pins}: programs, links and counters removed\n"
     assert pinned_in(pins.parent) == []
     for hook in (BPF_TCX_INGRESS, BPF_TCX_EGRESS):
-        assert node.in_netns(lambda hook=hook: [programs.attached(index, hook) for index in indexes]) == [[]] * len(
-            indexes
-        )
+        assert [node.in_netns(partial(programs.attached, index, hook)) for index in indexes] == [[]] * len(indexes)
     wait_for("the end of its BPF programs", lambda: not programs.still_loaded(agent.programs))
     assert agents.uninstall() == "nothing was left on this node\n"
 
@@ -247,7 +287,7 @@ def test_upgrade(agents: Agents, pins: Path, change: str) -> None:
         agents.wait_for_all()
     settings = {"OTEL_LB_HOP_RECORD_RATE": "10000"} if change == "ring" else {}
     if change != "ring":
-        rewrite_state(pins, **{change: "another"})
+        rewrite_state(pins, change)
     agents.send()
     with agents.one(**settings) as second:
         agents.send()
@@ -268,12 +308,13 @@ def test_upgrade(agents: Agents, pins: Path, change: str) -> None:
     assert len(list(pins.iterdir())) == 1
 
 
-def rewrite_state(pins: Path, **changes: str) -> None:
-    """Let the pinned state be that of an agent of another version."""
+def rewrite_state(pins: Path, change: str) -> None:
+    """Let the pinned state be that of an agent with another build, or another layout."""
     (notes,) = pins.glob("*/notes")
     table = Map(open_pinned(notes), 4, NOTE_BYTES)
     state = unpack_state(table.get(STATE.to_bytes(4, sys.byteorder)) or b"")
-    table.put(STATE.to_bytes(4, sys.byteorder), pack_state(state._replace(**changes)))
+    changed = state._replace(build="another") if change == "build" else state._replace(layout="another")
+    table.put(STATE.to_bytes(4, sys.byteorder), pack_state(changed))
     os.close(table.fd)
 
 

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def bpffs(folder: Path) -> Iterator[Path]:
-    """Mount one on a new folder. In a lab's directory it goes with the lab, should the test not get so far."""
+    """Mount one on a new folder; what is pinned there goes with it. In a lab's directory it goes with the lab."""
     folder.mkdir()
     subprocess.run(["mount", "-t", "bpf", "bpf", str(folder)], check=True)
     try:
         yield folder
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
         folder.rmdir()
