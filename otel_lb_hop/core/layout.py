@@ -18,7 +18,7 @@ from otel_lb_hop.model import Failure, Outcome
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-LAYOUT_VERSION = 3
+LAYOUT_VERSION = 4
 
 BOUNDS_NS = (
     1_000, 2_500, 5_000,

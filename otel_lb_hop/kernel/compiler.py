@@ -59,7 +59,7 @@ def compile_and_load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]
     flags = [f"-I{path}" for path in request["includes"]]
     flags += [f"-D{name}={value}" for name, value in request["defines"].items()]
     module = BPF(src_file=request["source"], cflags=flags)
-    types = {"tc": BPF.SCHED_CLS, "socket_filter": BPF.SOCKET_FILTER}
+    types = {"tc": BPF.SCHED_CLS, "socket_filter": BPF.SOCKET_FILTER, "xdp": BPF.XDP}
     programs = [module.load_func(name, types[kind]).fd for name, kind in request["programs"].items()]
     maps = [int(module[name].map_fd) for name in request["maps"]]
     answer = {

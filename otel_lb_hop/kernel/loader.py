@@ -33,6 +33,8 @@ PROGRAMS = {
     "lbh_conntrack": "socket_filter",
 }
 """The programs and the type of each."""
+XDP_PROGRAMS = {"lbh_xdp": "xdp"}
+"""One more, where uplinks are to be watched by XDP: it would cost every other start its compile time."""
 
 
 class Sizes(NamedTuple):
@@ -121,19 +123,21 @@ def _explain(error: str, output: str) -> str:
     return f"{hint}: {error} {last[0]}".strip()
 
 
-def _request(sizes: Sizes) -> dict[str, Any]:
+def _request(sizes: Sizes, *, xdp: bool) -> dict[str, Any]:
     folder = bpf_folder()
     # The secret by which the handshake table is hashed.
     secrets = {f"LBH_HASH_{name}": f"{int.from_bytes(os.urandom(8))}ull" for name in ("MULTIPLIER", "ADDEND")}
     defines: dict[str, int | str] = {**sizes.defines(), **secrets}
     if _kernel_version() < (5, 12):
         defines["LBH_NO_COMPARE_EXCHANGE"] = 1
+    if xdp:
+        defines["LBH_XDP"] = 1
     return {
         "source": str(folder / "lb_hop.c"),
         "includes": [str(folder)],
         "headers": str(folder / "include"),
         "defines": defines,
-        "programs": PROGRAMS,
+        "programs": PROGRAMS | XDP_PROGRAMS if xdp else PROGRAMS,
         "maps": _MAPS,
     }
 
@@ -155,7 +159,7 @@ def _ask_child(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
             ours.settimeout(COMPILE_SECONDS)
             ours.send(json.dumps(request).encode())
             try:
-                message, fds, _, _ = socket.recv_fds(ours, MAX_MESSAGE, len(PROGRAMS) + len(_MAPS))
+                message, fds, _, _ = socket.recv_fds(ours, MAX_MESSAGE, len(request["programs"]) + len(_MAPS))
             except TimeoutError:
                 child.kill()
                 message, fds = b"", []
@@ -169,13 +173,16 @@ def _ask_child(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     return answer, fds
 
 
-def load(sizes: Sizes | None = None) -> Loaded:
-    """Compile and load the programs in a child process; raises KernelError with what to do about it."""
+def load(sizes: Sizes | None = None, *, xdp: bool = False) -> Loaded:
+    """Compile and load the programs in a child process; raises KernelError with what to do about it.
+
+    `xdp`: whether the one for XDP is wanted too.
+    """
     sizes = sizes or Sizes()
-    answer, fds = _ask_child(_request(sizes))
+    answer, fds = _ask_child(_request(sizes, xdp=xdp))
     fd_of = dict(zip([*answer["programs"], *answer["maps"]], fds, strict=True))
     return Loaded(
-        programs={name: fd_of[name] for name in PROGRAMS},
+        programs={name: fd_of[name] for name in answer["programs"]},
         vip_ports=Map(fd_of["vip_ports"], layout.VIP_KEY.size, layout.VIP_VALUE.size),
         backends=Map(fd_of["backends"], layout.BACKEND_KEY.size, 4),
         vip_stats=Map(fd_of["vip_stats"], 4, layout.VIP_STATS_WORDS * 8, per_cpu=True),
@@ -190,13 +197,13 @@ def load(sizes: Sizes | None = None) -> Loaded:
     )
 
 
-def begin_loading(sizes: Sizes) -> Future[Loaded]:
+def begin_loading(sizes: Sizes, *, xdp: bool) -> Future[Loaded]:
     """Load in the background; the result, or KernelError, is in the future. It ends with the process."""
     future: Future[Loaded] = Future()
 
     def work() -> None:
         try:
-            future.set_result(load(sizes))
+            future.set_result(load(sizes, xdp=xdp))
         except BaseException as error:  # noqa: BLE001 - whatever it is, whoever waits has to hear of it
             future.set_exception(error)
 
