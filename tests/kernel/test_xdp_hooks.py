@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Self
 import pytest
 
 from otel_lb_hop.kernel import bpf, hooks
-from otel_lb_hop.kernel.hooks import Hooks
+from otel_lb_hop.kernel.hooks import Hooks, XdpAttachment
 from otel_lb_hop.model import Transport
 from tests.kernel.packets import ethernet
 from tests.kernel.requirements import needs_kernel
@@ -36,6 +36,7 @@ XDP = pytest.mark.parametrize("hook", ["xdp", "xdp-generic"])
 MODES = {"xdp": bpf.XDP_FLAGS_DRV_MODE, "xdp-generic": bpf.XDP_FLAGS_SKB_MODE}
 SHOWN = {"xdp": " xdp ", "xdp-generic": " xdpgeneric "}
 ETH_P_IP, PACKET_STATISTICS = 0x0800, 6
+BPF_LINK_DETACH = 34
 TURNS = 20
 """How often an interface goes over, to XDP and back."""
 
@@ -110,6 +111,15 @@ def counted(rig: Rig) -> list[tuple[int, int]]:
     return [row.connections for _, row in sorted(rig.snapshot().vips.items())]
 
 
+def by_tc(made: Hooks, name: str, way: str) -> list[str]:
+    """Return what tc has on a side (ingress or egress) of an interface."""
+    if made.method == "tcx":
+        kind = bpf.BPF_TCX_INGRESS if way == "ingress" else bpf.BPF_TCX_EGRESS
+        return [str(number) for number in attached(socket.if_nametoindex(name), kind)]
+    lines = said("tc", "filter", "show", "dev", name, way).splitlines()
+    return [line for line in lines if " direct-action" in line]
+
+
 def shown(name: str) -> str:
     """Return what `ip link` says of an interface, in one line."""
     return said("ip", "-o", "link", "show", "dev", name)
@@ -127,12 +137,8 @@ def test_counts_what_comes_in(rig: Rig, netlink: Netlink, hook: str, *, tcx: boo
         assert (made.method, made.ingress) == ("tcx" if tcx else "clsact", {"uplink": hook})
         assert SHOWN[hook] in shown("uplink")
         assert "xdp" not in shown("pod")
-        if tcx:
-            on = [len(attached(index, kind)) for index in (rig.uplink, rig.pod) for kind in (46, 47)]
-            assert on == [0, 1, 1, 1]
-        else:
-            assert said("tc", "filter", "show", "dev", "uplink", "ingress") == ""
-            assert "lbh_egress" in said("tc", "filter", "show", "dev", "uplink", "egress")
+        on = [len(by_tc(made, name, way)) for name in ("uplink", "pod") for way in ("ingress", "egress")]
+        assert on == [0, 1, 1, 1]
         send()
         wait_for("the SYNs", lambda: counted(rig) == [(0, SENT)] * 2)
     assert "xdp" not in shown("uplink")
@@ -151,7 +157,7 @@ def test_datagrams_stay_with_tc(rig: Rig, netlink: Netlink, hook: str) -> None:
             put(ethernet(syn4(protocol=17)))
         wait_for("both", lambda: counted(rig) == [(0, 1)] * 2)
         made.reconcile(links_named(netlink, "uplink"), uplinks={rig.uplink})
-        assert attached(rig.uplink, bpf.BPF_TCX_INGRESS) == []
+        assert by_tc(made, "uplink", "ingress") == []
 
 
 @pytest.mark.parametrize(
@@ -177,17 +183,17 @@ def test_foreign_program(
     monkeypatch.setattr(hooks, "XDP_REST_SECONDS", 0.0)
     rig.serve(vip_port(VIP4), vip_port(VIP6))
     wanted = links_named(netlink, "uplink", "pod")
-    with hooked(rig, netlink, hook, tcx=True) as made:
+    with hooked(rig, netlink, hook) as made:
         with occupied(rig.uplink, theirs):
             for _ in range(3):
                 made.reconcile(wanted, uplinks={rig.uplink})
-                assert made.ingress == {"uplink": f"tcx in place of {hook}: {reason}"}
+                assert made.ingress == {"uplink": f"{made.method} in place of {hook}: {reason}"}
             assert (made.interfaces, made.problems) == (["pod", "uplink"], {})
             send()
             wait_for("the SYNs", lambda: counted(rig) == [(0, SENT)] * 2)
         made.reconcile(wanted, uplinks={rig.uplink})
         assert made.ingress == {"uplink": hook}
-        assert attached(rig.uplink, bpf.BPF_TCX_INGRESS) == []
+        assert by_tc(made, "uplink", "ingress") == []
         send()
         wait_for("more SYNs", lambda: counted(rig) == [(0, 2 * SENT)] * 2)
     assert caplog.messages == [f"uplink is watched by tc in place of {hook}: {reason}"]
@@ -210,10 +216,11 @@ def test_refusal_rests(rig: Rig, netlink: Netlink) -> None:
 def test_jumbo_frames(rig: Rig, netlink: Netlink) -> None:
     """The driver of a veth whose packets may be longer than a page refuses XDP; the stack takes it."""
     set_mtu(9000)
-    for hook, told in (("xdp", "tcx in place of xdp: its MTU is too large for XDP"), ("xdp-generic", "xdp-generic")):
-        with hooked(rig, netlink, hook, tcx=True) as made:
+    for hook, told in (("xdp", "{} in place of xdp: its MTU is too large for XDP"), ("xdp-generic", "xdp-generic")):
+        with hooked(rig, netlink, hook) as made:
             made.reconcile(links_named(netlink, "uplink"), uplinks={rig.uplink})
-            assert (made.interfaces, made.problems, made.ingress) == (["uplink"], {}, {"uplink": told})
+            assert (made.interfaces, made.problems) == (["uplink"], {})
+            assert made.ingress == {"uplink": told.format(made.method)}
 
 
 def test_driver_without_xdp(rig: Rig, netlink: Netlink) -> None:
@@ -222,12 +229,12 @@ def test_driver_without_xdp(rig: Rig, netlink: Netlink) -> None:
     tun = Tun("tunnel")
     try:
         links = links_named(netlink, "bridge", "tunnel")
-        with hooked(rig, netlink, "xdp", tcx=True) as made:
+        with hooked(rig, netlink, "xdp") as made:
             made.reconcile(links, uplinks={link.index for link in links})
             assert (made.interfaces, made.problems) == (["bridge", "tunnel"], {})
             assert made.ingress == {
-                "bridge": "tcx in place of xdp: its driver has no XDP, or not with its settings",
-                "tunnel": "tcx in place of xdp: it has no Ethernet header",
+                "bridge": f"{made.method} in place of xdp: its driver has no XDP, or not with its settings",
+                "tunnel": f"{made.method} in place of xdp: it has no Ethernet header",
             }
     finally:
         tun.close()
@@ -270,7 +277,7 @@ def test_goes_over_under_traffic(rig: Rig, netlink: Netlink, hook: str, *, tcx: 
 
 def test_interface_goes_and_comes_back(rig: Rig, netlink: Netlink) -> None:
     """A deleted uplink is let go of without a word; one of the same name and number is hooked anew."""
-    with hooked(rig, netlink, "xdp", tcx=True) as made:
+    with hooked(rig, netlink, "xdp") as made:
         for _ in range(3):
             said("ip", "link", "add", "brief", "index", "777", "type", "veth", "peer", "name", "far_brief")
             made.reconcile(links_named(netlink, "brief"), uplinks={777})
@@ -284,7 +291,7 @@ def test_interface_goes_and_comes_back(rig: Rig, netlink: Netlink) -> None:
 def test_nothing_by_halves(rig: Rig, netlink: Netlink) -> None:
     """Where egress is refused, XDP does not stay alone."""
     programs = dict(rig.loaded.programs) | {"lbh_egress": rig.loaded.programs["lbh_sweep"] + 10_000}
-    made = Hooks(programs, netlink, tcx=True, uplink_hook="xdp")
+    made = Hooks(programs, netlink, uplink_hook="xdp")
     made.reconcile(links_named(netlink, "uplink"), uplinks={rig.uplink})
     assert made.interfaces == []
     assert "uplink" in made.problems
@@ -296,6 +303,34 @@ def test_killed_when_it_watched_by_tc(rig: Rig, netlink: Netlink) -> None:
     Hooks(rig.loaded.programs, netlink, tcx=False).reconcile(links_named(netlink, "uplink"))  # never closed: killed
     with hooked(rig, netlink, "xdp", tcx=False) as made:
         made.reconcile(links_named(netlink, "uplink"), uplinks={rig.uplink})
-        assert said("tc", "filter", "show", "dev", "uplink", "ingress") == ""
-        assert said("tc", "filter", "show", "dev", "uplink", "egress").count(" direct-action") == 1
+        assert [len(by_tc(made, "uplink", way)) for way in ("ingress", "egress")] == [0, 1]
     assert "clsact" not in said("tc", "qdisc", "show", "dev", "uplink")
+
+
+def test_stays_where_the_new_hook_is_refused(rig: Rig, netlink: Netlink) -> None:
+    """An interface that ceases to be an uplink stays with XDP as long as tc refuses it, and that is told."""
+    (marked,) = rig.serve(vip_port(VIP4))
+    made = Hooks(rig.loaded.programs | {"lbh_ingress": 10_000}, netlink, uplink_hook="xdp")
+    try:
+        made.reconcile(links_named(netlink, "uplink"), uplinks={rig.uplink})
+        assert made.problems == {}
+        for _ in range(2):
+            made.reconcile(links_named(netlink, "uplink"))
+            assert (made.interfaces, made.ingress) == (["uplink"], {"uplink": "xdp"})
+            assert made.problems.keys() == {"uplink"}
+        send()
+        wait_for("the SYNs", lambda: rig.vip(marked.vip_id).connections == (0, SENT))
+    finally:
+        made.close()
+
+
+def test_link_that_was_forced_off(rig: Rig, netlink: Netlink) -> None:
+    """Where somebody has taken our link's program off the interface it is put there again."""
+    with hooked(rig, netlink, "xdp") as made:
+        for _ in range(2):
+            made.reconcile(links_named(netlink, "uplink"), uplinks={rig.uplink})
+            assert SHOWN["xdp"] in shown("uplink")
+            ingress = made._hooked[rig.uplink].ingress
+            assert isinstance(ingress, XdpAttachment)
+            bpf._bpf(BPF_LINK_DETACH, ingress.fd.to_bytes(4, "little"))
+            assert "xdp" not in shown("uplink")
