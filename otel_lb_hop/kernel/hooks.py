@@ -32,7 +32,7 @@ _XDP_REFUSALS = {
     errno.EEXIST: "XDP is in use on it in the other mode, or on a device that it is a port of",
     errno.EOPNOTSUPP: "its driver has no XDP, or not with its settings",
     errno.ERANGE: "its MTU is too large for XDP",
-    errno.EINVAL: "its driver does not take XDP with its settings",
+    errno.EINVAL: "its driver does not take XDP with its settings, or the kernel is older than 5.9",
 }
 """Of net/core/dev.c (dev_xdp_attach) and of drivers; some say EINVAL or EOPNOTSUPP of an MTU, too."""
 
