@@ -5,7 +5,7 @@
  * that leaves are the same packet before and after translation, whatever did the translating. What has no ISN, or
  * passes no interface on its way in, is told by conntrack.
  *
- * The programs only watch: on a packet's way every path returns TC_ACT_UNSPEC, and no packet is written to.
+ * The programs only watch: on a packet's way every path returns TC_ACT_UNSPEC or XDP_PASS, and no packet is written to.
  * Compiled by bcc, which rewrites map.lookup() and the like only in this file, not in headers.
  */
 #include <asm/byteorder.h>
@@ -496,7 +496,7 @@ static __always_inline u8 reason_of(const struct lbh_vip *vip, u32 origin)
 }
 
 /* A SYN came in to a VIP port: a new connection, the same packet one device further, or a retransmission. */
-static __always_inline void syn_in(struct __sk_buff *skb, const struct lbh_packet *packet)
+static __always_inline void syn_in(struct lbh_context context, const struct lbh_packet *packet)
 {
 	struct lbh_vip_key key = {
 		.address = packet->destination, .port = packet->destination_port, .transport = IPPROTO_TCP};
@@ -504,7 +504,7 @@ static __always_inline void syn_in(struct __sk_buff *skb, const struct lbh_packe
 	struct lbh_match match = {};
 	struct lbh_vip_stats *stats;
 	struct lbh_handshake *slot;
-	u32 vip_id, origin, ifindex = skb->ifindex;
+	u32 vip_id, origin, ifindex = lbh_ifindex(context);
 	u16 *cell;
 	u64 now;
 
@@ -525,7 +525,9 @@ static __always_inline void syn_in(struct __sk_buff *skb, const struct lbh_packe
 		u64 gap_ns = now - match.slot->last_syn_ns;
 
 		match.slot->last_syn_ns = now;
-		if (match.slot->in_ifindex == ifindex || gap_ns > LBH_SAME_PACKET_NS) {
+		/* Both hooks of one interface see a packet only while the agent changes from one to the other. */
+		if ((match.slot->in_ifindex == ifindex && match.slot->xdp == context.xdp) ||
+		    gap_ns > LBH_SAME_PACKET_NS) {
 			match.slot->retransmits++;
 			/* The VIP port may have gone over to another Service since. */
 			vip_id = match.slot->vip_id;
@@ -554,6 +556,7 @@ static __always_inline void syn_in(struct __sk_buff *skb, const struct lbh_packe
 	slot->vip_port = packet->destination_port;
 	slot->vip_id = slot->hop_id = vip_id;
 	slot->in_ifindex = ifindex;
+	slot->xdp = context.xdp;
 	slot->retransmits = 0;
 	slot->origin = origin;
 	slot->unforwarded = reason_of(vip, origin);
@@ -562,7 +565,7 @@ static __always_inline void syn_in(struct __sk_buff *skb, const struct lbh_packe
 }
 
 /* A SYN leaves: if its ISN is remembered, it is the translated packet, and names backend and SNAT source. */
-static __always_inline void syn_out(struct __sk_buff *skb, const struct lbh_packet *packet)
+static __always_inline void syn_out(const struct lbh_packet *packet)
 {
 	struct lbh_backend_key key = {.address = packet->destination, .port = packet->destination_port};
 	struct lbh_match match = {};
@@ -678,15 +681,15 @@ static __always_inline void close_overdue(const struct lbh_handshake *slot, u64 
 	send_record(slot, tag >> 32, verdict, now);
 }
 
-static __always_inline int watch(struct __sk_buff *skb, bool ethernet, bool ingress)
+static __always_inline int watch(struct lbh_context context, bool ethernet, bool ingress)
 {
 	struct lbh_packet packet = {};
 	u8 flags;
 	int parsed;
 
-	if (lbh_is_dull(skb, ethernet, ingress))
+	if (lbh_is_dull(context, ethernet, ingress))
 		return TC_ACT_UNSPEC;
-	parsed = lbh_parse(skb, ethernet, false, &packet);
+	parsed = lbh_parse(context, ethernet, false, &packet);
 	if (parsed == LBH_OTHER)
 		return TC_ACT_UNSPEC;
 	if (parsed != LBH_HANDSHAKE) {
@@ -696,9 +699,9 @@ static __always_inline int watch(struct __sk_buff *skb, bool ethernet, bool ingr
 	flags = packet.flags & (LBH_TCP_SYN | LBH_TCP_ACK | LBH_TCP_RST | LBH_TCP_FIN);
 	if (ingress) {
 		if (flags == LBH_TCP_SYN)
-			syn_in(skb, &packet);
+			syn_in(context, &packet);
 	} else if (flags == LBH_TCP_SYN) {
-		syn_out(skb, &packet);
+		syn_out(&packet);
 	} else if (flags == (LBH_TCP_SYN | LBH_TCP_ACK) || flags == (LBH_TCP_RST | LBH_TCP_ACK)) {
 		answer_out(&packet);
 	}
@@ -707,24 +710,36 @@ static __always_inline int watch(struct __sk_buff *skb, bool ethernet, bool ingr
 
 int lbh_ingress(struct __sk_buff *skb)
 {
-	return watch(skb, true, true);
+	return watch(lbh_tc_context(skb), true, true);
 }
 
 int lbh_egress(struct __sk_buff *skb)
 {
-	return watch(skb, true, false);
+	return watch(lbh_tc_context(skb), true, false);
 }
 
 /* For devices without an Ethernet header. */
 int lbh_ingress_l3(struct __sk_buff *skb)
 {
-	return watch(skb, false, true);
+	return watch(lbh_tc_context(skb), false, true);
 }
 
 int lbh_egress_l3(struct __sk_buff *skb)
 {
-	return watch(skb, false, false);
+	return watch(lbh_tc_context(skb), false, false);
 }
+
+#ifdef LBH_XDP /* only where the agent is told to watch uplinks by XDP */
+/*
+ * In place of lbh_ingress on an uplink, before the stack and all of tc. Devices without an Ethernet header have no
+ * driver that runs XDP, and their packets do not tell it what they are.
+ */
+int lbh_xdp(struct xdp_md *frame)
+{
+	watch(lbh_xdp_context(frame), true, true);
+	return XDP_PASS;
+}
+#endif
 
 /*
  * Never attached: the agent runs it by BPF_PROG_TEST_RUN, once for each bucket (repeat), to give the verdict over
@@ -953,7 +968,7 @@ static __always_inline void datagram_in(struct __sk_buff *skb, const struct lbh_
 static __always_inline int watch_datagrams(struct __sk_buff *skb, bool ethernet)
 {
 	struct lbh_packet packet = {};
-	int parsed = lbh_parse(skb, ethernet, true, &packet);
+	int parsed = lbh_parse(lbh_tc_context(skb), ethernet, true, &packet);
 
 	if (parsed == LBH_HANDSHAKE)
 		datagram_in(skb, &packet);
@@ -964,7 +979,8 @@ static __always_inline int watch_datagrams(struct __sk_buff *skb, bool ethernet)
 	return TC_ACT_UNSPEC;
 }
 
-/* On ingress beside lbh_ingress, and only while a VIP port of UDP or SCTP has no endpoints. */
+/* On tc ingress beside lbh_ingress or lbh_xdp (which passes all on), and only while a VIP port of UDP or SCTP has no
+ * endpoints. */
 int lbh_datagram(struct __sk_buff *skb)
 {
 	return watch_datagrams(skb, true);

@@ -167,7 +167,8 @@ struct lbh_handshake {
 	u16 snat_port;
 	u16 backend_port;
 	u32 hop_id;
-	u32 pad[4];
+	u8 xdp; /* 1: the first SYN was seen by XDP, 0: by tc */
+	u8 pad[15];
 };
 
 struct lbh_tags {
@@ -292,8 +293,9 @@ enum lbh_event {
 /* A client sends its SYN again after one second (RFC 6298, 2.1), a little more with a coarse clock. */
 #define LBH_FIRST_RETRANSMIT_NS 1200000000ull
 /*
- * A SYN on another interface within this time is the same packet one device further up or down; so is a datagram that
- * was counted as one without endpoints and that conntrack tells of.
+ * A SYN on another interface within this time is the same packet one device further up or down, or on the other hook
+ * (tc, XDP) of the same interface one hook further; so is a datagram that was counted as one without endpoints and that
+ * conntrack tells of.
  */
 #define LBH_SAME_PACKET_NS 200000000ull
 /* Linux gives up connect() after 127 s (tcp_syn_retries 6): an older entry belongs to a connection of the past. */

@@ -59,21 +59,68 @@ struct lbh_extension {
 };
 
 /*
- * A pointer to size bytes at offset: into the packet where they are linear, else to a copy in buffer (headers
- * may lie in page fragments of the skb). NULL if the packet ends before.
+ * What a program is given with a packet: struct __sk_buff on a tc hook, struct xdp_md on XDP. Which of them is known
+ * when it is compiled, so that nothing is spent on the difference.
  */
-static __always_inline void *lbh_header(struct __sk_buff *skb, u32 offset, void *buffer, u32 size)
-{
-	void *start = (void *)(long)skb->data + offset;
+struct lbh_context {
+	void *given;
+	bool xdp;
+};
 
-	if (start + size <= (void *)(long)skb->data_end)
-		return start;
-	return bpf_skb_load_bytes(skb, offset, buffer, size) ? NULL : buffer;
+static __always_inline struct lbh_context lbh_tc_context(struct __sk_buff *skb)
+{
+	return (struct lbh_context){.given = skb, .xdp = false};
 }
 
-static __always_inline int lbh_parse_tcp(struct __sk_buff *skb, u32 offset, struct lbh_packet *packet)
+static __always_inline struct lbh_context lbh_xdp_context(struct xdp_md *frame)
 {
-	struct tcphdr buffer, *tcp = lbh_header(skb, offset, &buffer, sizeof(buffer));
+	return (struct lbh_context){.given = frame, .xdp = true};
+}
+
+static __always_inline void *lbh_data(struct lbh_context context)
+{
+	return (void *)(long)(context.xdp ? ((struct xdp_md *)context.given)->data
+					  : ((struct __sk_buff *)context.given)->data);
+}
+
+static __always_inline void *lbh_data_end(struct lbh_context context)
+{
+	return (void *)(long)(context.xdp ? ((struct xdp_md *)context.given)->data_end
+					  : ((struct __sk_buff *)context.given)->data_end);
+}
+
+/* The interface that the packet is at. */
+static __always_inline u32 lbh_ifindex(struct lbh_context context)
+{
+	return context.xdp ? ((struct xdp_md *)context.given)->ingress_ifindex
+			   : ((struct __sk_buff *)context.given)->ifindex;
+}
+
+/* The EtherType that the stack knows; none on XDP, which is before the stack. */
+static __always_inline u16 lbh_protocol(struct lbh_context context)
+{
+	return context.xdp ? 0 : ((struct __sk_buff *)context.given)->protocol;
+}
+
+/*
+ * A pointer to size bytes at offset: into the packet where they are linear, else to a copy in buffer (headers
+ * may lie in page fragments of the skb). NULL if the packet ends before. On XDP all that there is is linear: the kernel
+ * gives packets in several buffers only to programs that ask for them (BPF_F_XDP_HAS_FRAGS), which ours does not.
+ */
+static __always_inline void *lbh_header(struct lbh_context context, u32 offset, void *buffer, u32 size)
+{
+	void *start = lbh_data(context) + offset;
+
+	if (start + size <= lbh_data_end(context))
+		return start;
+	if (context.xdp)
+		return NULL;
+	return bpf_skb_load_bytes(context.given, offset, buffer, size) ? NULL : buffer;
+}
+
+static __always_inline int lbh_parse_tcp(struct lbh_context context, u32 offset, struct lbh_packet *packet)
+{
+	struct tcphdr buffer, *tcp = lbh_header(context, offset, &buffer, sizeof(buffer));
 
 	if (!tcp)
 		return LBH_PARSE_TRUNCATED;
@@ -87,9 +134,10 @@ static __always_inline int lbh_parse_tcp(struct __sk_buff *skb, u32 offset, stru
 	return LBH_HANDSHAKE;
 }
 
-static __always_inline int lbh_parse_datagram(struct __sk_buff *skb, u32 offset, u8 protocol, struct lbh_packet *packet)
+static __always_inline int lbh_parse_datagram(struct lbh_context context, u32 offset, u8 protocol,
+					      struct lbh_packet *packet)
 {
-	struct udphdr buffer, *udp = lbh_header(skb, offset, &buffer, sizeof(buffer));
+	struct udphdr buffer, *udp = lbh_header(context, offset, &buffer, sizeof(buffer));
 	u8 copy, *chunk;
 
 	packet->transport = protocol;
@@ -100,7 +148,7 @@ static __always_inline int lbh_parse_datagram(struct __sk_buff *skb, u32 offset,
 	packet->destination_port = udp->dest;
 	if (protocol != IPPROTO_SCTP)
 		return LBH_HANDSHAKE;
-	chunk = lbh_header(skb, offset + LBH_SCTP_CHUNK_OFFSET, &copy, sizeof(copy));
+	chunk = lbh_header(context, offset + LBH_SCTP_CHUNK_OFFSET, &copy, sizeof(copy));
 	if (!chunk)
 		return LBH_PARSE_TRUNCATED;
 	return *chunk == LBH_SCTP_INIT ? LBH_HANDSHAKE : LBH_OTHER;
@@ -111,15 +159,17 @@ static __always_inline bool lbh_wants(bool datagrams, u8 protocol)
 	return datagrams ? protocol == IPPROTO_UDP || protocol == IPPROTO_SCTP : protocol == IPPROTO_TCP;
 }
 
-static __always_inline int lbh_parse_transport(struct __sk_buff *skb, bool datagrams, u32 offset, u8 protocol,
+static __always_inline int lbh_parse_transport(struct lbh_context context, bool datagrams, u32 offset, u8 protocol,
 					       struct lbh_packet *packet)
 {
-	return datagrams ? lbh_parse_datagram(skb, offset, protocol, packet) : lbh_parse_tcp(skb, offset, packet);
+	return datagrams ? lbh_parse_datagram(context, offset, protocol, packet)
+			 : lbh_parse_tcp(context, offset, packet);
 }
 
-static __always_inline int lbh_parse_ipv4(struct __sk_buff *skb, bool datagrams, u32 offset, struct lbh_packet *packet)
+static __always_inline int lbh_parse_ipv4(struct lbh_context context, bool datagrams, u32 offset,
+					  struct lbh_packet *packet)
 {
-	struct iphdr buffer, *ip = lbh_header(skb, offset, &buffer, sizeof(buffer));
+	struct iphdr buffer, *ip = lbh_header(context, offset, &buffer, sizeof(buffer));
 	int parsed;
 
 	if (!ip)
@@ -128,7 +178,7 @@ static __always_inline int lbh_parse_ipv4(struct __sk_buff *skb, bool datagrams,
 		return LBH_OTHER;
 	if (ip->frag_off & bpf_htons(0x1fff))
 		return LBH_PARSE_FRAGMENT;
-	parsed = lbh_parse_transport(skb, datagrams, offset + ip->ihl * 4, ip->protocol, packet);
+	parsed = lbh_parse_transport(context, datagrams, offset + ip->ihl * 4, ip->protocol, packet);
 	if (parsed != LBH_HANDSHAKE)
 		return parsed;
 	packet->source.words[0] = packet->source.words[1] = 0;
@@ -140,9 +190,10 @@ static __always_inline int lbh_parse_ipv4(struct __sk_buff *skb, bool datagrams,
 	return LBH_HANDSHAKE;
 }
 
-static __always_inline int lbh_parse_ipv6(struct __sk_buff *skb, bool datagrams, u32 offset, struct lbh_packet *packet)
+static __always_inline int lbh_parse_ipv6(struct lbh_context context, bool datagrams, u32 offset,
+					  struct lbh_packet *packet)
 {
-	struct ipv6hdr buffer, *ip = lbh_header(skb, offset, &buffer, sizeof(buffer));
+	struct ipv6hdr buffer, *ip = lbh_header(context, offset, &buffer, sizeof(buffer));
 	u8 next;
 	int i;
 
@@ -164,10 +215,10 @@ static __always_inline int lbh_parse_ipv6(struct __sk_buff *skb, bool datagrams,
 		if (offset > LBH_MAX_OFFSET)
 			return LBH_PARSE_EXTENSION;
 		if (lbh_wants(datagrams, next))
-			return lbh_parse_transport(skb, datagrams, offset, next, packet);
+			return lbh_parse_transport(context, datagrams, offset, next, packet);
 		if (i == LBH_EXTENSION_HEADERS)
 			return LBH_PARSE_EXTENSION;
-		extension = lbh_header(skb, offset, &copy, sizeof(copy));
+		extension = lbh_header(context, offset, &copy, sizeof(copy));
 		if (!extension)
 			return LBH_PARSE_TRUNCATED;
 		if (next == IPPROTO_FRAGMENT) {
@@ -188,15 +239,15 @@ static __always_inline int lbh_parse_ipv6(struct __sk_buff *skb, bool datagrams,
  * Whether a packet is of no interest at a glance: a few instructions for what nearly all traffic is, plain IP that is
  * no TCP, and whole TCP segments without the flags of a handshake. What it does not know it leaves to lbh_parse.
  */
-static __always_inline bool lbh_is_dull(struct __sk_buff *skb, bool ethernet, bool ingress)
+static __always_inline bool lbh_is_dull(struct lbh_context context, bool ethernet, bool ingress)
 {
-	u8 *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end, flags;
+	u8 *data = lbh_data(context), *end = lbh_data_end(context), flags;
 	u8 *ip = data + (ethernet ? ETH_HLEN : 0);
 	u16 ethertype;
 
 	if (ip + sizeof(struct iphdr) + sizeof(struct tcphdr) > end)
 		return false;
-	ethertype = ethernet ? *(u16 *)(data + 2 * ETH_ALEN) : skb->protocol;
+	ethertype = ethernet ? *(u16 *)(data + 2 * ETH_ALEN) : lbh_protocol(context);
 	if (ethertype == bpf_htons(ETH_P_IP)) {
 		struct iphdr *header = (void *)ip;
 
@@ -220,18 +271,19 @@ static __always_inline bool lbh_is_dull(struct __sk_buff *skb, bool ethernet, bo
 }
 
 /*
- * Parses the packet of a tc hook. ethernet: the device has an Ethernet header (else data starts at the IP
+ * Parses a packet. ethernet: the device has an Ethernet header (else data starts at the IP
  * header, as on ipip, wireguard and tun). Tags in the frame are followed; a tag in the skb's metadata is no
  * part of the data, and skb->protocol then already names what follows it.
  */
-static __always_inline int lbh_parse(struct __sk_buff *skb, bool ethernet, bool datagrams, struct lbh_packet *packet)
+static __always_inline int lbh_parse(struct lbh_context context, bool ethernet, bool datagrams,
+				     struct lbh_packet *packet)
 {
-	u16 ethertype = skb->protocol;
+	u16 ethertype = lbh_protocol(context);
 	u32 offset = 0;
 	int i;
 
 	if (ethernet) {
-		struct ethhdr buffer, *frame = lbh_header(skb, 0, &buffer, sizeof(buffer));
+		struct ethhdr buffer, *frame = lbh_header(context, 0, &buffer, sizeof(buffer));
 
 		if (!frame)
 			return LBH_OTHER;
@@ -243,7 +295,7 @@ static __always_inline int lbh_parse(struct __sk_buff *skb, bool ethernet, bool 
 
 			if (ethertype != bpf_htons(ETH_P_8021Q) && ethertype != bpf_htons(ETH_P_8021AD))
 				break;
-			tag = lbh_header(skb, offset, &copy, sizeof(copy));
+			tag = lbh_header(context, offset, &copy, sizeof(copy));
 			if (!tag)
 				return LBH_PARSE_TRUNCATED;
 			ethertype = tag->ethertype;
@@ -253,9 +305,9 @@ static __always_inline int lbh_parse(struct __sk_buff *skb, bool ethernet, bool 
 	if (ethertype == bpf_htons(ETH_P_8021Q) || ethertype == bpf_htons(ETH_P_8021AD))
 		return LBH_PARSE_EXTENSION;
 	if (ethertype == bpf_htons(ETH_P_IP))
-		return lbh_parse_ipv4(skb, datagrams, offset, packet);
+		return lbh_parse_ipv4(context, datagrams, offset, packet);
 	if (ethertype == bpf_htons(ETH_P_IPV6))
-		return lbh_parse_ipv6(skb, datagrams, offset, packet);
+		return lbh_parse_ipv6(context, datagrams, offset, packet);
 	return LBH_OTHER;
 }
 

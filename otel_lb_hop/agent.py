@@ -155,7 +155,7 @@ class Agent:
         self._ring = Ring(self._loaded.records_fd, self._loaded.state.earlier_records)
         self._netlink = Netlink()
         self._monitor = Monitor()
-        self._hooks = Hooks(self._loaded.programs, self._netlink, self._loaded.pins)
+        self._hooks = Hooks(self._loaded.programs, self._netlink, self._loaded.pins, uplink_hook=config.hook)
         self._courses = Courses(self._topology)
         self._places = Places(self._loaded.places)
         self._conntrack: ConntrackSocket | None = None
@@ -520,7 +520,7 @@ class Agent:
         heard, unserved = self._datagram_needs()
         self._reconcile_conntrack(heard=heard, places=find_places(routes, uplinks, self._loaded.sizes.places))
         watched = [link for link in links if config.interfaces.matches(link.name)]
-        self._hooks.reconcile(watched, datagrams=unserved)
+        self._hooks.reconcile(watched, uplinks=uplinks, datagrams=unserved)
         problems = self._hooks.problems | {
             names[index]: "one uplink too many: what comes in here counts as internal" for index in too_many
         }
@@ -531,6 +531,7 @@ class Agent:
             detail={
                 "method": self._hooks.method,
                 "hooked": self._hooks.interfaces,
+                "ingress": self._hooks.ingress,
                 "uplinks": sorted(names[index] for index in uplinks),
                 "problems": problems,
             },

@@ -70,7 +70,9 @@ def run(environ: Mapping[str, str]) -> None:
     stop = Stop()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    loading = begin_loading(Sizes(ring_pages=ring_pages(config.record_rate)), claim(config.pin_path))
+    loading = begin_loading(
+        Sizes(ring_pages=ring_pages(config.record_rate)), claim(config.pin_path), xdp=config.hook != "tc"
+    )
     # The agent's imports go on while the child compiles.
     from otel_lb_hop.agent import Agent  # noqa: PLC0415
 

@@ -228,6 +228,14 @@ UPLINKS: Final = Setting(
     "Interfaces by which clients from outside come in; found from the routes when not set.",
     _uplinks,
 )
+HOOK: Final = Setting(
+    PREFIX + "HOOK",
+    "tc",
+    "tc, xdp or xdp-generic",
+    "What watches packets that come in by uplinks: a tc program, or one on XDP, before all of tc, in the driver "
+    "(`xdp`) or in the stack (`xdp-generic`). An interface holds one XDP program; one that refuses is watched by tc.",
+    one_of("tc", "xdp", "xdp-generic"),
+)
 VIPS_FILE: Final = Setting(
     PREFIX + "VIPS_FILE",
     "",
@@ -323,6 +331,7 @@ SETTINGS: Final[tuple[Setting[object], ...]] = (
     EXTERNAL_IPS,
     INTERFACES,
     UPLINKS,
+    HOOK,
     CONNTRACK,
     PIN_PATH,
     RECORD_RATIO,
@@ -404,6 +413,7 @@ class Config:
     node_name: str
     interfaces: InterfaceMatcher
     uplinks: InterfaceMatcher | None
+    hook: str
     vips_file: Path | None
     api: ApiConfig | None
     policies: frozenset[Policy]
@@ -452,6 +462,7 @@ class Config:
             node_name=value(NODE_NAME),
             interfaces=value(INTERFACES),
             uplinks=value(UPLINKS),
+            hook=value(HOOK),
             vips_file=value(VIPS_FILE),
             api=api,
             policies=value(POLICY),

@@ -39,13 +39,16 @@ BPF_ANY = 0
 BPF_F_BEFORE = 1 << 3
 BPF_TCX_INGRESS = 46
 BPF_TCX_EGRESS = 47
+BPF_XDP = 37
+XDP_FLAGS_SKB_MODE = 1 << 1
+XDP_FLAGS_DRV_MODE = 1 << 2
 
 _ATTRIBUTES_SIZE = 128
 _BATCH_BYTES = 1 << 17
 _BATCH_ENTRIES = 16
 """At least: a bucket of a hash map hardly ever has more."""
 _SHORTEST_PACKET = 14
-"""BPF_PROG_TEST_RUN of a tc program wants an Ethernet header at least (net/bpf/test_run.c)."""
+"""BPF_PROG_TEST_RUN wants an Ethernet header at least (net/bpf/test_run.c)."""
 
 
 def _call(command: int, attributes: ctypes.Array[ctypes.c_char]) -> int:
@@ -165,10 +168,10 @@ class Map:
 
 
 def run_program(fd: int, packet: bytes = b"", repeat: int = 1, context: bytes = b"") -> tuple[int, bytes, int]:
-    """Run a tc program on a packet by BPF_PROG_TEST_RUN.
+    """Run a program on a packet by BPF_PROG_TEST_RUN.
 
-    Returns (return value, the packet afterwards, average duration in ns). `context` is a struct __sk_buff whose
-    settable fields (ifindex, protocol, ...) are taken over.
+    Returns (return value, the packet afterwards, average duration in ns). `context` is the struct __sk_buff or struct
+    xdp_md that the program is given; its settable fields (ifindex, ...) are taken over.
     """
     data = ctypes.create_string_buffer(packet.ljust(_SHORTEST_PACKET, b"\0"))
     size = len(data) - 1
@@ -195,6 +198,11 @@ def run_program(fd: int, packet: bytes = b"", repeat: int = 1, context: bytes = 
 def attach_tcx(fd: int, ifindex: int, attach_type: int) -> int:
     """Attach a tc program by a tcx link, before all others; returns the link's descriptor (Linux 6.6 and later)."""
     return _bpf(_LINK_CREATE, struct.pack("=IIIIIxxxxQ", fd, ifindex, attach_type, BPF_F_BEFORE, 0, 0))
+
+
+def attach_xdp(fd: int, ifindex: int, mode: int) -> int:
+    """Attach an XDP program by a link, in one of the modes XDP_FLAGS_*; returns its descriptor (Linux 5.9 or later)."""
+    return _bpf(_LINK_CREATE, struct.pack("=IIII", fd, ifindex, BPF_XDP, mode))
 
 
 def create_map(kind: str, key_size: int, value_size: int, entries: int, name: str) -> Map:

@@ -83,7 +83,7 @@ def compile_and_load(request: dict[str, Any], given: dict[str, int]) -> tuple[di
         size = lib.bpf_function_size(module.module, name.encode())
         start = lib.bpf_function_start(module.module, name.encode())
         exchange_maps((ctypes.c_char * size).from_address(start), new_fds)
-    types = {"tc": BPF.SCHED_CLS, "socket_filter": BPF.SOCKET_FILTER}
+    types = {"tc": BPF.SCHED_CLS, "socket_filter": BPF.SOCKET_FILTER, "xdp": BPF.XDP}
     programs = [module.load_func(name, types[kind]).fd for name, kind in request["programs"].items()]
     maps = [given[name] if name in given else int(module[name].map_fd) for name in request["maps"]]
     answer = {

@@ -1,23 +1,41 @@
-"""Keeps the programs on every wanted interface: tcx links where the kernel has them, clsact filters otherwise."""
+"""Keeps the programs on every wanted interface: tcx links where the kernel has them, clsact filters otherwise.
+
+What comes in by an uplink may be watched by XDP instead, if that is asked for and the uplink takes it.
+"""
 
 from __future__ import annotations
 
 import errno
 import logging
 import os
+import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from otel_lb_hop.kernel import bpf
 from otel_lb_hop.kernel.netlink import EGRESS_PARENT, INGRESS_PARENT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from otel_lb_hop.core.interfaces import Link
     from otel_lb_hop.kernel.netlink import Netlink
     from otel_lb_hop.kernel.pins import Pins
 
 log = logging.getLogger(__name__)
+
+XDP_REST_SECONDS = 30.0
+"""An uplink that refused XDP is not asked again before: some drivers stop for a moment to find out that they cannot."""
+_XDP_MODES = {"xdp": bpf.XDP_FLAGS_DRV_MODE, "xdp-generic": bpf.XDP_FLAGS_SKB_MODE}
+_NO_ETHERNET = "it has no Ethernet header"
+_XDP_REFUSALS = {
+    errno.EBUSY: "another XDP program is on it, and what that redirects or drops is not seen",
+    errno.EEXIST: "XDP is in use on it in the other mode, or on a device that it is a port of",
+    errno.EOPNOTSUPP: "its driver has no XDP, or not with its settings",
+    errno.ERANGE: "its MTU is too large for XDP",
+    errno.EINVAL: "its driver does not take XDP with its settings, or the kernel is older than 5.9",
+}
+"""Of net/core/dev.c (dev_xdp_attach) and of drivers; some say EINVAL or EOPNOTSUPP of an MTU, too."""
 
 
 class Program(NamedTuple):
@@ -46,51 +64,55 @@ class Attachment(Protocol):
         """Let go of them, and leave them there as far as they can be without this process."""
 
 
-class TcxAttachment:
-    """Tcx links, before all other programs. They end with their descriptors, or with their pins."""
+class _LinkAttachment:
+    """A link of a program. It ends with its descriptor, or with its pin."""
 
-    def __init__(self, ifindex: int, programs: Sequence[Program], pins: Pins | None) -> None:
-        self._ifindex = ifindex
-        self._programs = programs
+    def __init__(self, ifindex: int, name: str, program_fd: int, attach: Callable[[], int], pins: Pins | None) -> None:
+        self._place = ifindex, name
         self._pins = pins
-        self._fds: list[int] = []
-        try:
-            for each in programs:
-                self._fds.append(self._obtain(each))
-        except OSError:
-            self.detach()
-            raise
+        # What an agent before this one pinned goes on; a packet between two links would be lost.
+        inherited = pins.obtain_link(ifindex, name, program_fd) if pins else None
+        self.fd = attach() if inherited is None else inherited
+        if pins and inherited is None:
+            try:
+                pins.pin_link(ifindex, name, self.fd)
+            except OSError:
+                os.close(self.fd)
+                raise
+
+    @property
+    def pinned_as(self) -> tuple[int, str]:
+        """Interface and name of its pin."""
+        return self._place
 
     def alive(self) -> bool:
-        """Ask the links: one whose interface was deleted names none any more."""
-        return all(bpf.link_info(fd).ifindex for fd in self._fds)
+        """Ask the link: one whose interface was deleted names none any more."""
+        return bpf.link_info(self.fd).ifindex != 0
 
     def detach(self) -> None:
-        """Take the programs off."""
+        """Take the program off."""
         if self._pins:
-            for each in self._programs:
-                self._pins.unpin_link(self._ifindex, each.name)
+            self._pins.unpin_link(*self._place)
         self.let_be()
 
     def let_be(self) -> None:
-        """Close the links; what is pinned stays attached."""
-        for fd in self._fds:
-            os.close(fd)
-        self._fds = []
+        """Close the link; what is pinned stays attached."""
+        os.close(self.fd)
 
-    def _obtain(self, program: Program) -> int:
-        """Take over the link that an agent before this one pinned, or make one."""
-        if self._pins and (fd := self._pins.obtain_link(self._ifindex, program.name, program.fd)) is not None:
-            return fd
+
+class TcxAttachment(_LinkAttachment):
+    """A tcx link, before all other programs."""
+
+    def __init__(self, ifindex: int, program: Program, pins: Pins | None) -> None:
         kind = bpf.BPF_TCX_INGRESS if program.ingress else bpf.BPF_TCX_EGRESS
-        fd = bpf.attach_tcx(program.fd, self._ifindex, kind)
-        if self._pins:
-            try:
-                self._pins.pin_link(self._ifindex, program.name, fd)
-            except OSError:
-                os.close(fd)
-                raise
-        return fd
+        super().__init__(ifindex, program.name, program.fd, lambda: bpf.attach_tcx(program.fd, ifindex, kind), pins)
+
+
+class XdpAttachment(_LinkAttachment):
+    """An XDP link, which nobody else's program can take the place of."""
+
+    def __init__(self, ifindex: int, hook: str, program_fd: int, pins: Pins | None) -> None:
+        super().__init__(ifindex, hook, program_fd, lambda: bpf.attach_xdp(program_fd, ifindex, _XDP_MODES[hook]), pins)
 
 
 class ClsactAttachment:
@@ -125,81 +147,157 @@ class ClsactAttachment:
         """Do nothing: filters need nobody to hold them."""
 
 
+@dataclass(slots=True)
+class _Hooked:
+    """An interface and what is on it; `datagram` is there only while datagrams are watched."""
+
+    link: Link
+    ingress: Attachment
+    egress: Attachment
+    datagram: Attachment | None = None
+
+    def attachments(self) -> list[Attachment]:
+        return [each for each in (self.ingress, self.egress, self.datagram) if each]
+
+
+class _Programs(NamedTuple):
+    """The tc programs for one kind of device."""
+
+    ingress: Program
+    egress: Program
+    datagram: Program
+
+    @classmethod
+    def find(cls, programs: Mapping[str, int], suffix: str) -> _Programs:
+        names = (("lbh_ingress", True), ("lbh_egress", False), ("lbh_datagram", True))
+        return cls(*(Program(name + suffix, programs[name + suffix], ingress) for name, ingress in names))
+
+
+class _Refusal(NamedTuple):
+    """Why an uplink does not take XDP, and from when on (CLOCK_MONOTONIC) it may be asked again."""
+
+    reason: str
+    again: float
+
+
 class Hooks:
     """The set of hooked interfaces. `reconcile` makes it match what is wanted and is called on every change.
 
-    An interface has the two programs that watch TCP and, while it is asked for, one more that watches datagrams.
+    An interface has the two programs that watch TCP and, while it is asked for, one more that watches datagrams. With
+    the `uplink_hook` xdp or xdp-generic what comes in by an uplink is watched by XDP in place of tc ingress; where XDP
+    is refused it stays with tc, and `ingress` says why. Datagrams stay with tc everywhere: an interface holds one XDP
+    program only, and ours lets all of them pass.
+
     With pins what is attached outlives the agent, and what one before it attached is taken over.
     """
 
     def __init__(
-        self, programs: Mapping[str, int], netlink: Netlink, pins: Pins | None = None, *, tcx: bool | None = None
+        self,
+        programs: Mapping[str, int],
+        netlink: Netlink,
+        pins: Pins | None = None,
+        *,
+        tcx: bool | None = None,
+        uplink_hook: str = "tc",
     ) -> None:
         self._netlink = netlink
         self._pins = pins
         self._settled = False
         self._tcx = tcx
-        self._tcp, self._datagrams = {}, {}
-        for ethernet, suffix in ((True, ""), (False, "_l3")):
-            ingress, egress, datagram = f"lbh_ingress{suffix}", f"lbh_egress{suffix}", f"lbh_datagram{suffix}"
-            self._tcp[ethernet] = (
-                Program(ingress, programs[ingress], ingress=True),
-                Program(egress, programs[egress], ingress=False),
-            )
-            self._datagrams[ethernet] = (Program(datagram, programs[datagram], ingress=True),)
-        self._attached: dict[tuple[int, bool], tuple[Link, Attachment]] = {}
-        """By interface, and whether it is the program that watches datagrams."""
+        self._uplink_hook = uplink_hook
+        self._xdp_fd = programs.get("lbh_xdp", -1)
+        self._programs = {True: _Programs.find(programs, ""), False: _Programs.find(programs, "_l3")}
+        """By whether the device has an Ethernet header."""
+        self._hooked: dict[int, _Hooked] = {}
+        self._refusals: dict[int, _Refusal] = {}
+        """Of XDP, by interface."""
         self.problems: dict[str, str] = {}
 
     @property
     def method(self) -> str:
-        """How programs are attached: tcx, clsact, or unknown before the first interface."""
+        """How tc programs are attached: tcx, clsact, or unknown before the first interface."""
         return {None: "unknown", True: "tcx", False: "clsact"}[self._tcx]
 
     @property
     def interfaces(self) -> list[str]:
         """The hooked interfaces by name."""
-        return sorted(link.name for (_, datagrams), (link, _) in self._attached.items() if not datagrams)
+        return sorted(hooked.link.name for hooked in self._hooked.values())
 
-    def reconcile(self, wanted: Iterable[Link], *, datagrams: bool = False) -> None:
+    @property
+    def ingress(self) -> dict[str, str]:
+        """How ingress is watched where XDP is wanted, by name: xdp or xdp-generic, or else what instead, and why."""
+        told = {}
+        for index, hooked in self._hooked.items():
+            if isinstance(hooked.ingress, XdpAttachment):
+                told[hooked.link.name] = self._uplink_hook
+            elif refusal := self._refusals.get(index):
+                told[hooked.link.name] = f"{self.method} in place of {self._uplink_hook}: {refusal.reason}"
+        return told
+
+    def reconcile(self, wanted: Iterable[Link], *, uplinks: Collection[int] = (), datagrams: bool = False) -> None:
         """Attach to what is new, let go of what has gone; a refusal is kept in `problems` and tried again.
 
-        `datagrams`: whether datagrams are to be watched too.
+        `uplinks`: the interfaces of these numbers are for XDP, if that was asked for. `datagrams`: whether datagrams
+        are to be watched too.
         """
-        kinds = (False, True) if datagrams else (False,)
-        by_place = {(link.index, kind): link for link in wanted for kind in kinds}
-        for place in list(self._attached):
-            link, attachment = self._attached[place]
-            if place not in by_place or by_place[place].ethernet != link.ethernet or not attachment.alive():
-                del self._attached[place]
-                self._detach(link, attachment)
+        by_index = {link.index: link for link in wanted}
+        for_xdp = {index for index in by_index if self._uplink_hook in _XDP_MODES and index in uplinks}
+        for index, hooked in list(self._hooked.items()):
+            link = by_index.get(index)
+            if link is None or link.ethernet != hooked.link.ethernet or not _alive(hooked):
+                del self._hooked[index]
+                self._detach(hooked.link, *hooked.attachments())
+        self._refusals = {index: each for index, each in self._refusals.items() if index in for_xdp}
         self.problems = {}
-        for place, link in by_place.items():
-            if place in self._attached:
-                self._attached[place] = (link, self._attached[place][1])
-                continue
+        for index, link in by_index.items():
             try:
-                self._attached[place] = (link, self._attach(link, datagrams=place[1]))
+                self._hook(link, xdp=index in for_xdp, datagrams=datagrams)
             except OSError as error:
                 if error.errno != errno.ENODEV:  # gone again since it was listed
                     self.problems[link.name] = str(error)
         if self._pins and not self._settled:
             # What an agent before this one watched, and this one does not.
-            self._pins.unpin_links_except(
-                (index, program.name)
-                for (index, kind), (link, _) in self._attached.items()
-                for program in self._programs_of(link, datagrams=kind)
-            )
+            attached = [each for hooked in self._hooked.values() for each in hooked.attachments()]
+            self._pins.unpin_links_except(each.pinned_as for each in attached if isinstance(each, _LinkAttachment))
             self._settled = True
 
-    def _programs_of(self, link: Link, *, datagrams: bool) -> Sequence[Program]:
-        return (self._datagrams if datagrams else self._tcp)[link.ethernet]
+    def _hook(self, link: Link, *, xdp: bool, datagrams: bool) -> None:
+        programs = self._programs[link.ethernet]
+        hooked = self._hooked.get(link.index)
+        if hooked is None:
+            hooked = self._hooked[link.index] = self._hook_new(link, programs, xdp=xdp)
+        hooked.link = link
+        if isinstance(hooked.ingress, XdpAttachment) is not xdp:
+            # First the new, then the old: no packet is missed, and the programs know one that both have seen.
+            ingress = self._attach_xdp(link) if xdp else self._attach_tc(link, programs.ingress)
+            if ingress:
+                hooked.ingress, old = ingress, hooked.ingress
+                self._detach(link, old)
+        if datagrams and not hooked.datagram:
+            hooked.datagram = self._attach_tc(link, programs.datagram)
+        elif hooked.datagram and not datagrams:
+            self._detach(link, hooked.datagram)
+            hooked.datagram = None
 
-    def _attach(self, link: Link, *, datagrams: bool) -> Attachment:
-        programs = self._programs_of(link, datagrams=datagrams)
+    def _hook_new(self, link: Link, programs: _Programs, *, xdp: bool) -> _Hooked:
+        """Attach both programs that watch TCP, or none."""
+        ingress = (self._attach_xdp(link) if xdp else None) or self._attach_tc(link, programs.ingress)
+        try:
+            egress = self._attach_tc(link, programs.egress)
+        except OSError:
+            ingress.detach()
+            raise
+        if self._tcx is False:
+            # What a killed agent left, and this one may not need for long.
+            left = [programs.datagram] + [programs.ingress] * isinstance(ingress, XdpAttachment)
+            for each in left:
+                self._netlink.delete_filter(link.index, each.parent, each.name)
+        return _Hooked(link, ingress, egress)
+
+    def _attach_tc(self, link: Link, program: Program) -> Attachment:
         if self._tcx is not False:
             try:
-                attachment = TcxAttachment(link.index, programs, self._pins)
+                attachment = TcxAttachment(link.index, program, self._pins)
             except OSError as error:
                 # Linux before 6.6 does not know the attach type.
                 if self._tcx or error.errno != errno.EINVAL:
@@ -207,28 +305,52 @@ class Hooks:
             else:
                 self._tcx = True
                 return attachment
-        clsact = ClsactAttachment(self._netlink, link.index, programs)
+        clsact = ClsactAttachment(self._netlink, link.index, [program])
         self._tcx = False
-        if (link.index, True) not in self._attached and not datagrams:
-            # What a killed agent left, and this one may not need for long.
-            for each in self._datagrams[link.ethernet]:
-                self._netlink.delete_filter(link.index, each.parent, each.name)
         return clsact
 
-    def _detach(self, link: Link, attachment: Attachment) -> None:
-        try:
-            attachment.detach()
-        except OSError as error:
-            log.warning("taking the programs off %s failed: %s", link.name, error)
+    def _attach_xdp(self, link: Link) -> XdpAttachment | None:
+        """Attach to XDP; None if that is refused, which is kept in `_refusals` and told once."""
+        refused = self._refusals.get(link.index)
+        if refused and time.monotonic() < refused.again:
+            return None
+        if link.ethernet:
+            try:
+                attachment = XdpAttachment(link.index, self._uplink_hook, self._xdp_fd, self._pins)
+            except OSError as error:
+                if error.errno == errno.ENODEV:
+                    raise
+                reason = _XDP_REFUSALS.get(error.errno or 0, str(error))
+            else:
+                self._refusals.pop(link.index, None)
+                return attachment
+        else:
+            reason = _NO_ETHERNET
+        if refused is None or refused.reason != reason:
+            log.warning("%s is watched by tc in place of %s: %s", link.name, self._uplink_hook, reason)
+        self._refusals[link.index] = _Refusal(reason, time.monotonic() + XDP_REST_SECONDS)
+        return None
+
+    def _detach(self, link: Link, *attachments: Attachment) -> None:
+        for each in attachments:
+            try:
+                each.detach()
+            except OSError as error:
+                log.warning("taking the programs off %s failed: %s", link.name, error)
 
     def close(self) -> None:
         """Take everything off; what is pinned stays where it is and goes on."""
-        for link, attachment in self._attached.values():
+        for hooked in self._hooked.values():
             if self._pins:
-                attachment.let_be()
+                for each in hooked.attachments():
+                    each.let_be()
             else:
-                self._detach(link, attachment)
-        self._attached = {}
+                self._detach(hooked.link, *hooked.attachments())
+        self._hooked = {}
+
+
+def _alive(hooked: _Hooked) -> bool:
+    return all(each.alive() for each in hooked.attachments())
 
 
 def remove_filters(programs: Iterable[str], netlink: Netlink) -> int:

@@ -51,6 +51,8 @@ PROGRAMS = {
     "lbh_conntrack": "socket_filter",
 }
 """The programs and the type of each."""
+XDP_PROGRAMS = {"lbh_xdp": "xdp"}
+"""One more, where uplinks are to be watched by XDP: it would cost every other start its compile time."""
 
 
 class Sizes(NamedTuple):
@@ -182,17 +184,26 @@ def _layout(sizes: Sizes) -> str:
     return _digest(repr(shapes).encode())
 
 
-def _build(defines: Mapping[str, int | str]) -> str:
-    """Name what the programs are made of, all but the secrets."""
-    sources = [path.read_bytes() for path in _sources(bpf_folder())]
-    return _digest(repr((sorted(defines.items()), sorted(PROGRAMS.items()))).encode(), *sources)
+class _Recipe(NamedTuple):
+    """What to make: programs and the type of each, and the defines of the source but for the secrets."""
+
+    programs: dict[str, str]
+    defines: dict[str, int]
+
+    @property
+    def build(self) -> str:
+        """Name what comes of it."""
+        sources = [path.read_bytes() for path in _sources(bpf_folder())]
+        return _digest(repr((sorted(self.programs.items()), sorted(self.defines.items()))).encode(), *sources)
 
 
-def _defines(sizes: Sizes) -> dict[str, int | str]:
-    defines: dict[str, int | str] = {**sizes.defines()}
+def _recipe(sizes: Sizes, *, xdp: bool) -> _Recipe:
+    defines = sizes.defines()
     if _kernel_version() < (5, 12):
         defines["LBH_NO_COMPARE_EXCHANGE"] = 1
-    return defines
+    if xdp:
+        defines["LBH_XDP"] = 1
+    return _Recipe(PROGRAMS | XDP_PROGRAMS if xdp else PROGRAMS, defines)
 
 
 def _ask_child(request: dict[str, Any], given: Mapping[str, int]) -> tuple[dict[str, Any], dict[str, int]]:
@@ -226,7 +237,7 @@ def _ask_child(request: dict[str, Any], given: Mapping[str, int]) -> tuple[dict[
     return answer, dict(zip([*answer["programs"], *answer["maps"]], fds, strict=True))
 
 
-def _compile(sizes: Sizes, secrets: tuple[int, int], given: Mapping[str, int]) -> tuple[dict[str, int], float]:
+def _compile(recipe: _Recipe, secrets: tuple[int, int], given: Mapping[str, int]) -> tuple[dict[str, int], float]:
     """Compile and load for the maps given and new ones; answers the descriptors by name and the seconds it took."""
     folder = bpf_folder()
     multiplier, addend = secrets
@@ -234,8 +245,8 @@ def _compile(sizes: Sizes, secrets: tuple[int, int], given: Mapping[str, int]) -
         "source": str(folder / "lb_hop.c"),
         "includes": [str(folder)],
         "headers": str(folder / "include"),
-        "defines": _defines(sizes) | {"LBH_HASH_MULTIPLIER": f"{multiplier}ull", "LBH_HASH_ADDEND": f"{addend}ull"},
-        "programs": PROGRAMS,
+        "defines": recipe.defines | {"LBH_HASH_MULTIPLIER": f"{multiplier}ull", "LBH_HASH_ADDEND": f"{addend}ull"},
+        "programs": recipe.programs,
         "maps": _MAPS,
         "given": list(given),
     }
@@ -243,14 +254,16 @@ def _compile(sizes: Sizes, secrets: tuple[int, int], given: Mapping[str, int]) -
     return fds, answer["seconds"]
 
 
-def load(sizes: Sizes | None = None, folder: PinFolder | None = None) -> Loaded:
+def load(sizes: Sizes | None = None, folder: PinFolder | None = None, *, xdp: bool = False) -> Loaded:
     """Take over what is pinned in the folder, or load anew; raises KernelError with what to do about it.
 
-    Without a folder, or where the kernel lets nothing be pinned there, all ends with this process.
+    Without a folder, or where the kernel lets nothing be pinned there, all ends with this process. `xdp`: whether the
+    program for XDP is wanted too.
     """
     sizes = sizes or Sizes()
+    recipe = _recipe(sizes, xdp=xdp)
     if not folder:
-        return _load_anew(sizes, None)
+        return _load_anew(sizes, recipe, None)
     if (found := folder.find()) is not None:
         pins, state = found
         if state.netns != own_netns():
@@ -259,49 +272,48 @@ def load(sizes: Sizes | None = None, folder: PinFolder | None = None) -> Loaded:
                 "OTEL_LB_HOP_PIN_PATH, or, if that one is gone, run otel-lb-hop uninstall"
             )
         if state.layout == _layout(sizes):
-            return _take_over(sizes, pins, state)
+            return _take_over(sizes, recipe, pins, state)
         log.warning("the layout of the counters has changed: all series begin anew, with a new start time")
     try:
         pins = folder.make()
     except OSError as error:
         log.warning("%s takes no pins: %s", folder.path, error)
-        return _load_anew(sizes, None)
-    return _load_anew(sizes, pins)
+        return _load_anew(sizes, recipe, None)
+    return _load_anew(sizes, recipe, pins)
 
 
-def _load_anew(sizes: Sizes, pins: Pins | None) -> Loaded:
+def _load_anew(sizes: Sizes, recipe: _Recipe, pins: Pins | None) -> Loaded:
     secrets = int.from_bytes(os.urandom(8)), int.from_bytes(os.urandom(8))
-    fds, seconds = _compile(sizes, secrets, {})
+    fds, seconds = _compile(recipe, secrets, {})
     names = bpf.create_map("hash", 4, NAME_BYTES, sizes.vip_ports + sizes.hops, _NAMES)
     notes = bpf.create_map("array", 4, NOTE_BYTES, 3, NOTES)
-    state = State(_layout(sizes), _build(_defines(sizes)), secrets, time.time_ns(), own_netns(), 0)
+    state = State(_layout(sizes), recipe.build, secrets, time.time_ns(), own_netns(), 0)
     notes.put(_index(STATE), pack_state(state))
     if pins:
         for name in _MAPS:
             pins.pin_map(name, fds[name])
-        for name in PROGRAMS:
+        for name in recipe.programs:
             pins.pin_program(name, fds[name])
         pins.pin_map(_NAMES, names.fd)
         pins.pin_map(NOTES, notes.fd)  # last: with it the generation is complete
     return _loaded(fds | {_NAMES: names.fd, NOTES: notes.fd}, sizes, state, pins, compile_seconds=seconds)
 
 
-def _take_over(sizes: Sizes, pins: Pins, state: State) -> Loaded:
+def _take_over(sizes: Sizes, recipe: _Recipe, pins: Pins, state: State) -> Loaded:
     fds = {name: pins.open_map(name) for name in (*_MAPS, _NAMES, NOTES)}
-    build = _build(_defines(sizes))
     left_behind, seconds = 0, 0.0
-    if state.build == build:
-        fds |= {name: pins.open_program(name) for name in PROGRAMS}
+    if state.build == recipe.build:
+        fds |= {name: pins.open_program(name) for name in recipe.programs}
     else:
         log.info("the programs have changed: new ones go on with the same counters")
         given = {name: fds[name] for name in _MAPS}
         if bpf.map_entries(fds[_RING]) != sizes.ring_pages * mmap.PAGESIZE:
             del given[_RING]
-        made, seconds = _compile(sizes, state.hash_secrets, given)
+        made, seconds = _compile(recipe, state.hash_secrets, given)
         notes = Map(fds[NOTES], 4, NOTE_BYTES)
         # Until all are there nobody takes the pinned programs for these.
         notes.put(_index(STATE), pack_state(state._replace(build="")))
-        for name in PROGRAMS:
+        for name in recipe.programs:
             pins.pin_program(name, made[name])
         if _RING not in given:
             before = Ring(fds[_RING], state.earlier_records)
@@ -309,7 +321,7 @@ def _take_over(sizes: Sizes, pins: Pins, state: State) -> Loaded:
             state = state._replace(earlier_records=before.seen)
             before.close()
             pins.pin_map(_RING, made[_RING])
-        state = state._replace(build=build)
+        state = state._replace(build=recipe.build)
         notes.put(_index(STATE), pack_state(state))
         fds |= made
     return _loaded(fds, sizes, state, pins, inherited=True, left_behind=left_behind, compile_seconds=seconds)
@@ -330,7 +342,7 @@ def _loaded(
     compile_seconds: float,
 ) -> Loaded:
     return Loaded(
-        programs={name: fds[name] for name in PROGRAMS},
+        programs={name: fd for name, fd in fds.items() if name in PROGRAMS | XDP_PROGRAMS},
         vip_ports=Map(fds["vip_ports"], layout.VIP_KEY.size, layout.VIP_VALUE.size),
         backends=Map(fds["backends"], layout.BACKEND_KEY.size, 4),
         vip_stats=Map(fds["vip_stats"], 4, layout.VIP_STATS_WORDS * 8, per_cpu=True),
@@ -359,13 +371,13 @@ class Loading(NamedTuple):
     loaded: Future[Loaded]
 
 
-def begin_loading(sizes: Sizes, pinning: Pinning) -> Loading:
+def begin_loading(sizes: Sizes, pinning: Pinning, *, xdp: bool) -> Loading:
     """Load in the background; that ends with the process."""
     future: Future[Loaded] = Future()
 
     def work() -> None:
         try:
-            future.set_result(load(sizes, pinning.folder))
+            future.set_result(load(sizes, pinning.folder, xdp=xdp))
         except BaseException as error:  # noqa: BLE001 - whatever it is, whoever waits has to hear of it
             future.set_exception(error)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from otel_lb_hop.kernel.loader import Sizes, load
+from otel_lb_hop.kernel.netlink import Netlink
 from tests.kernel.rig import Namespace, Rig, close
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def namespace() -> Iterator[Namespace]:
 
 
 def _rig(sizes: Sizes, namespace: Namespace) -> Iterator[Rig]:
-    loaded = load(sizes)
+    loaded = load(sizes, xdp=True)
     made = Rig(loaded, namespace)
     yield made
     made.close()
@@ -55,3 +56,11 @@ def narrow(_narrow: Rig) -> Iterator[Rig]:
     with _narrow.namespace.entered():
         _narrow.reset()
         yield _narrow
+
+
+@pytest.fixture
+def netlink(rig: Rig) -> Iterator[Netlink]:  # noqa: ARG001 - whose namespace the thread is in
+    """Give a test a netlink socket in the namespace of the rig."""
+    made = Netlink()
+    yield made
+    made.close()

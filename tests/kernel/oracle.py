@@ -175,7 +175,7 @@ class _Handshake:
     vip: tuple[bytes, int]
     origin: OriginCode
     unforwarded: Unforwarded
-    interface: int
+    hook: tuple[int, bool]
     last_ns: int
     state: _State = _State.SEEN
     translated: bool = False
@@ -205,8 +205,8 @@ class Model:
     """ISN, verdict and retransmits of every record, in order."""
     _handshakes: dict[_Tuple, _Handshake] = field(default_factory=dict)
 
-    def incoming(self, packet: Kind | Segment, interface: int, now_ns: int) -> None:
-        """Take a packet that comes in by an interface."""
+    def incoming(self, packet: Kind | Segment, interface: int, now_ns: int, *, xdp: bool) -> None:
+        """Take a packet that comes in by an interface, and is seen on its tc hook or by XDP."""
         if not self._is_handshake(packet):
             return
         assert isinstance(packet, Segment)
@@ -220,10 +220,10 @@ class Model:
             origin = OriginCode.EXTERNAL if interface in self.uplinks else OriginCode.INTERNAL
             if origin is OriginCode.INTERNAL and reason is Unforwarded.NO_LOCAL_ENDPOINTS:
                 reason = Unforwarded.DROPPED  # policy Local binds only what comes from outside
-            self._handshakes[key] = _Handshake(vip_id, vip_id, vip, origin, reason, interface, now_ns)
+            self._handshakes[key] = _Handshake(vip_id, vip_id, vip, origin, reason, (interface, xdp), now_ns)
             self.connections[vip_id, origin] += 1
             return
-        if interface == known.interface or now_ns - known.last_ns > SAME_PACKET_NS:
+        if (interface, xdp) == known.hook or now_ns - known.last_ns > SAME_PACKET_NS:
             known.retransmits += 1
             self.retransmits[known.vip_id] += 1
         known.last_ns = now_ns

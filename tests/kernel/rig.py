@@ -6,6 +6,8 @@ How BPF_PROG_TEST_RUN treats what it is given (net/bpf/test_run.c), found out on
 - The data of a tc program begins at the first byte given. Less than 14 bytes are refused, and so is a packet whose
   EtherType says IP when no whole IP header follows those 14 bytes; behind a VLAN tag it is let through.
 - The skb is always linear.
+- The context of an XDP program names the packet's end and an `ingress_ifindex`; its packets may end anywhere behind the
+  14 bytes (Linux 5.14 and later).
 - A socket filter gets the data from byte 14 on, and what comes back has zeros before it.
 What it cannot do is done on real devices in test_devices.py.
 """
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 
 UNSPEC = 0xFFFFFFFF
 """TC_ACT_UNSPEC (-1) as BPF_PROG_TEST_RUN returns it."""
+XDP_PASS = 2
 CLONE_NEWNET = 0x40000000
 BPF_MAP_GET_FD_BY_ID = 14
 WAYS = 8
@@ -149,6 +152,8 @@ class Rig:
     def __init__(self, loaded: Loaded, namespace: Namespace) -> None:
         self.loaded = loaded
         self.namespace = namespace
+        self.xdp = False
+        """Whether what comes in on Ethernet is watched by XDP."""
         self.uplink, self.pod, self.peer = namespace.uplink, namespace.pod, namespace.far_uplink
         self.ring = Ring(loaded.records_fd)
         inner = _maps_of(loaded.programs["lbh_sweep"])
@@ -174,6 +179,7 @@ class Rig:
     def reset(self, settings: Settings = EVERYTHING) -> None:
         """Make everything as it was when the programs were loaded; the uplink is one."""
         self.forget()
+        self.xdp = False
         zero = bytes(4)
         self._record_due.put(zero, b"")
         self._cursor.put(zero, b"")
@@ -216,14 +222,22 @@ class Rig:
 
     def run(self, program: str, packet: bytes, interface: int = 0, repeat: int = 1) -> None:
         """Run a program on a packet that passes an interface; it must let it go on unchanged."""
-        context = struct.pack("=40xI", interface) if interface else b""
+        context, passed = b"", XDP_PASS if program == "lbh_xdp" else UNSPEC
+        if interface:
+            size = len(packet)
+            context = (
+                struct.pack("=40xI", interface)
+                if passed == UNSPEC
+                else struct.pack("=IIIIII", 0, size, 0, interface, 0, 0)
+            )
         result, after, _ = run_program(self.loaded.programs[program], packet, repeat, context)
-        assert result == UNSPEC
+        assert result == passed
         assert after == packet
 
     def into(self, packet: bytes, interface: int | None = None, *, ethernet: bool = True, repeat: int = 1) -> None:
         """Let a packet come in, by the uplink if not told otherwise."""
-        name = "lbh_ingress" if ethernet else "lbh_ingress_l3"
+        by_ethernet = "lbh_xdp" if self.xdp else "lbh_ingress"
+        name = by_ethernet if ethernet else "lbh_ingress_l3"
         self.run(name, packet, self.uplink if interface is None else interface, repeat)
 
     def out(self, packet: bytes, interface: int | None = None, *, ethernet: bool = True, repeat: int = 1) -> None:

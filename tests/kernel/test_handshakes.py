@@ -32,6 +32,7 @@ class Family(NamedTuple):
     far: str
     stranger: str
     wire: Wire
+    xdp: bool = False
 
     def flow(self, *, port: int = 80, client_port: int = 40_000, backend: str | None = None) -> Flow:
         """Begin a connection; to the far backend if not told otherwise."""
@@ -54,11 +55,11 @@ V6 = (
 )  # fmt: skip
 
 
-@pytest.fixture(params=["v4", "v6", "v4-l3", "v6-l3"])
+@pytest.fixture(params=["v4", "v6", "v4-l3", "v6-l3", "v4-xdp", "v6-xdp"])
 def family(request: pytest.FixtureRequest) -> Family:
-    """Take each test through both families, with and without Ethernet header."""
+    """Take each test through both families, with and without Ethernet header, and with ingress watched by XDP."""
     words = request.param.split("-")
-    return Family(*(V4 if words[0] == "v4" else V6), Wire(words[-1] != "l3"))
+    return Family(*(V4 if words[0] == "v4" else V6), Wire(words[-1] != "l3"), xdp=words[-1] == "xdp")
 
 
 class Node:
@@ -66,6 +67,7 @@ class Node:
 
     def __init__(self, rig: Rig, family: Family) -> None:
         self.rig, self.family = rig, family
+        rig.xdp = family.xdp
         self.ethernet = family.wire.is_ethernet
         self.marked = self.serve()
 
@@ -376,6 +378,35 @@ def test_same_packet_on_another_interface(node: Node) -> None:
         node.into(flow.syn())
         node.into(flow.syn(), node.rig.peer)
     assert node.rig.vip(node.marked.vip_id) == ((0, 1), ((0, 0, 0), (0, 0, 0)), 3)
+
+
+XDP_AND_TC = pytest.mark.parametrize("family", ["v4-xdp", "v6-xdp"], indirect=True)
+
+
+@XDP_AND_TC
+@pytest.mark.parametrize("order", [(True, False), (False, True)], ids=["xdp-tc", "tc-xdp"])
+def test_same_packet_on_both_hooks(node: Node, order: tuple[bool, bool]) -> None:
+    """While an uplink goes over from one hook to the other both see each SYN: it counts once, one sent again once."""
+    flow = node.family.flow()
+    for times in range(3):
+        for node.rig.xdp in order:
+            node.into(flow.syn())
+        stats = node.rig.vip(node.marked.vip_id)
+        assert (stats.connections, stats.retransmits) == ((0, 1), times)
+
+
+@XDP_AND_TC
+@pytest.mark.parametrize("xdp", [True, False], ids=["to-xdp", "to-tc"])
+def test_again_on_the_other_hook(node: Node, *, xdp: bool) -> None:
+    """A SYN that is sent again after its uplink went over to the other hook is a retransmission."""
+    flow = node.family.flow()
+    node.rig.xdp = not xdp
+    node.into(flow.syn())
+    node.rig.age(FIRST_RETRANSMIT_NS)
+    node.rig.xdp = xdp
+    node.into(flow.syn())
+    stats = node.rig.vip(node.marked.vip_id)
+    assert (stats.connections, stats.retransmits) == ((0, 1), 1)
 
 
 def test_again_by_another_interface(node: Node) -> None:

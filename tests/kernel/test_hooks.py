@@ -10,7 +10,7 @@ import pytest
 
 from otel_lb_hop.kernel import bpf
 from otel_lb_hop.kernel.hooks import Hooks
-from otel_lb_hop.kernel.netlink import INGRESS_PARENT, Monitor, Netlink
+from otel_lb_hop.kernel.netlink import INGRESS_PARENT, Monitor
 from otel_lb_hop.model import Transport
 from tests.bench.measure import empty_program
 from tests.kernel.packets import ethernet
@@ -21,23 +21,14 @@ from tests.kernel.test_parser import VIP4, syn4
 from tests.lab.programs import attached
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from otel_lb_hop.core.interfaces import Link
+    from otel_lb_hop.kernel.netlink import Netlink
     from tests.kernel.rig import Rig
 
 pytestmark = [pytest.mark.root, needs_kernel]
 
 SENT = 23
 BOTH_WAYS = pytest.mark.parametrize("tcx", [True, False], ids=["tcx", "clsact"])
-
-
-@pytest.fixture
-def netlink(rig: Rig) -> Iterator[Netlink]:  # noqa: ARG001 - whose namespace the thread is in
-    """Give a test a netlink socket in the namespace of the rig."""
-    made = Netlink()
-    yield made
-    made.close()
 
 
 def hooks_of(rig: Rig, netlink: Netlink, *, tcx: bool | None) -> Hooks:

@@ -48,11 +48,12 @@ class Both:
         )
         self.told: Counter[tuple[int, int]] = Counter()
 
-    def into(self, packet: bytes, interface: int) -> None:
+    def into(self, packet: bytes, interface: int, *, xdp: bool = False) -> None:
         """Let a packet into both."""
         now = time.monotonic_ns()
+        self.rig.xdp = xdp
         self.rig.into(packet, interface)
-        self.model.incoming(parse(packet, ethernet=True), interface, now)
+        self.model.incoming(parse(packet, ethernet=True), interface, now, xdp=xdp)
 
     def out(self, packet: bytes) -> None:
         """Let a packet out of both."""
@@ -108,7 +109,7 @@ def step(both: Both, draw: random.Random, isns: list[int]) -> None:
     flow = Flow(*ends, draw.choice(isns))
     action = draw.random()
     if action < 0.4:
-        both.into(flow.syn(), draw.choice((rig.uplink, rig.uplink, rig.peer, rig.pod)))
+        both.into(flow.syn(), draw.choice((rig.uplink, rig.uplink, rig.peer, rig.pod)), xdp=draw.random() < 0.5)
     elif action < 0.6:
         both.out(flow.translated())
     elif action < 0.65:

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from otel_lb_hop.core.layout import Event, OriginCode
-from otel_lb_hop.kernel.loader import PROGRAMS
+from otel_lb_hop.kernel.loader import PROGRAMS, XDP_PROGRAMS
 from tests.kernel.oracle import ACK, CTAG, EVENT_OF, FIN, IPV4, IPV6, RST, STAG, SYN, Kind, Segment, parse
 from tests.kernel.packets import End, Extension, ethernet, ipv4, ipv6, next_isn, tagged, tcp
 from tests.kernel.requirements import needs_kernel
@@ -139,10 +139,14 @@ class Watched:
         assert not any(row.retransmits or row.connections[OriginCode.INTERNAL] for row in snapshot.vips.values())
 
 
-@pytest.fixture
-def watched(rig: Rig) -> Watched:
-    """Give a test two VIP ports without backends."""
+@pytest.fixture(params=["tc", "xdp"])
+def watched(request: pytest.FixtureRequest, rig: Rig) -> Watched:
+    """Give a test two VIP ports without backends; what comes in on Ethernet is watched by tc, then by XDP."""
+    rig.xdp = request.param == "xdp"
     return Watched(rig)
+
+
+NO_XDP = pytest.mark.parametrize("watched", ["tc"], indirect=True)
 
 
 def refused_by_test_run(frame: bytes) -> bool:
@@ -199,6 +203,7 @@ def test_cut_at_every_byte(watched: Watched, name: str, tags: tuple[int, ...]) -
     assert kinds & {Kind.TRUNCATED, Kind.OTHER}
 
 
+@NO_XDP
 @pytest.mark.parametrize("name", ["v4", "v4-most-options", "v4-udp", "v6-plain", "v6-all", "v6-seven", "v6-beyond"])
 def test_cut_without_ethernet(watched: Watched, name: str) -> None:
     """The same on a device without Ethernet header, as far as a test run lets it be cut."""
@@ -209,6 +214,7 @@ def test_cut_without_ethernet(watched: Watched, name: str) -> None:
         watched.check(PACKETS[name]()[:size], ethernet=False, protocol=protocol)
 
 
+@NO_XDP
 def test_egress_parses_alike(watched: Watched) -> None:
     """What leaves is counted as not parsed by the same rules."""
     for make in PACKETS.values():
@@ -272,13 +278,14 @@ def test_spoilt_packets(watched: Watched) -> None:
     assert kinds == {*Kind, Segment} - {Kind.HANDSHAKE}
 
 
+@NO_XDP
 @given(st.binary(min_size=SHORTEST, max_size=200))
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_bytes(watched: Watched, data: bytes) -> None:
     """Any bytes at all pass every program unchanged."""
     frame = tagged(data) if refused_by_test_run(data) else data
-    for program, kind in PROGRAMS.items():
-        if kind == "tc":
+    for program, kind in (PROGRAMS | XDP_PROGRAMS).items():
+        if kind != "socket_filter":
             watched.rig.run(program, frame)
 
 

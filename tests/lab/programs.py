@@ -11,8 +11,11 @@ from pathlib import Path
 
 from otel_lb_hop.kernel import bpf
 
+_PROG_LOAD = 5
 _PROG_GET_FD_BY_ID = 13
 _PROG_QUERY = 16
+_TYPE_XDP = 6
+_RETURN_XDP_PASS = struct.pack("=BBhiBBhi", 0xB7, 0, 0, 2, 0x95, 0, 0, 0)
 _MOST = 64
 
 
@@ -38,6 +41,13 @@ def attached(ifindex: int, attach_type: int) -> list[int]:
     bpf._call(_PROG_QUERY, attributes)
     (count,) = struct.unpack_from("=I", attributes, 24)
     return list(struct.unpack_from(f"={count}I", ids))
+
+
+def foreign_xdp() -> int:
+    """Load an XDP program that is not ours: it lets every packet pass."""
+    code, licence = (ctypes.create_string_buffer(text) for text in (_RETURN_XDP_PASS, b"GPL"))
+    wanted = struct.pack("=IIQQ", _TYPE_XDP, 2, ctypes.addressof(code), ctypes.addressof(licence))
+    return bpf._bpf(_PROG_LOAD, wanted)
 
 
 def _exists(number: int) -> bool:

@@ -55,8 +55,8 @@ class FakeAgent:
         self.stopped = self.stop.wait(10)
 
 
-begun: list[Sizes] = []
-"""What was told to be loaded."""
+begun: list[tuple[Sizes, bool]] = []
+"""What was told to be loaded: how large, and whether with the program for XDP."""
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,7 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in [name for name in os.environ if name.startswith("OTEL_")]:
         monkeypatch.delenv(name)
     monkeypatch.setattr(agent, "Agent", FakeAgent)
-    monkeypatch.setattr(cli, "begin_loading", begun.append)
+    monkeypatch.setattr(cli, "begin_loading", lambda sizes, *, xdp: begun.append((sizes, xdp)))
     monkeypatch.setattr(FakeAgent, "last", None)
     begun.clear()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -116,7 +116,16 @@ def test_run_ends_by_signal(number: signal.Signals, monkeypatch: pytest.MonkeyPa
     assert cli.main(["run"]) == 0
     assert FakeAgent.last is not None
     assert (FakeAgent.last.stopped, FakeAgent.last.config.node_name) == (True, "node7")
-    assert [sizes.ring_pages for sizes in begun] == [128]
+    assert [(sizes.ring_pages, xdp) for sizes, xdp in begun] == [(128, False)]
+
+
+@pytest.mark.usefixtures("vips_file")
+@pytest.mark.parametrize(("hook", "xdp"), [("tc", False), ("xdp", True), ("xdp-generic", True)])
+def test_loads_what_the_hook_needs(hook: str, xdp: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: FBT001
+    """The program for XDP is loaded where uplinks are to be watched by it."""
+    monkeypatch.setenv("OTEL_LB_HOP_HOOK", hook)
+    assert cli.main(["run"]) == 0
+    assert [each for _, each in begun] == [xdp]
 
 
 def test_bad_settings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

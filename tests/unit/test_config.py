@@ -48,6 +48,7 @@ def test_defaults() -> None:
     assert config.interfaces.matches("eth0")
     assert not config.interfaces.matches("lo")
     assert config.uplinks is None
+    assert config.hook == "tc"
     assert config.vips_file == Path("/etc/vips.yaml")
     assert (config.record_ratio, config.record_rate, config.span_ratio) == (1.0, 1000, 1.0)
     assert config.queue_bytes == 33_554_432
@@ -152,6 +153,7 @@ def test_listen(text: str, listen: tuple[str, int] | None) -> None:
         ("LOG_LEVEL", ["debug", "INFO", "Warning", "error"], ["debug", "info", "warning", "error"]),
         ("NODE_NAME", ["node-7.lan", " n "], ["node-7.lan", "n"]),
         ("VIPS_FILE", ["vips.yaml", "/a b/c"], [Path("vips.yaml"), Path("/a b/c")]),
+        ("HOOK", ["tc", "XDP", "xdp-Generic"], ["tc", "xdp", "xdp-generic"]),
         ("CONNTRACK", ["auto", "On", "off"], ["auto", "on", "off"]),
         ("EXTERNAL_IPS", ["true", "False"], [True, False]),
         ("POD_NAME", ["otel-lb-hop-x7k2p"], ["otel-lb-hop-x7k2p"]),
@@ -215,6 +217,7 @@ def test_sampler(sampler: str, argument: str, ratio: float) -> None:
         ("OTEL_LB_HOP_KUBERNETES", ["true", "in-cluster"]),
         ("OTEL_LB_HOP_POLICY", ["Cluster,Local", "none"]),
         ("OTEL_LB_HOP_EXTERNAL_IPS", ["yes", "1"]),
+        ("OTEL_LB_HOP_HOOK", ["tcx", "xdpgeneric", "xdp,tc"]),
         ("OTEL_LB_HOP_CONNTRACK", ["true", "always"]),
         ("OTEL_LB_HOP_POD_NAME", ["two words"]),
         ("OTEL_METRICS_EXPORTER", ["otlp,none", "none,otlp", "otlp,", "a b", "none,none", "/"]),
@@ -337,7 +340,7 @@ def test_unknown() -> None:
         "PORT_9465_TCP_PORT",
         "PORT_9465_TCP_PROTO",
     ]
-    strange = ["HOOK", "LISTENS", "PORTS", ""]
+    strange = ["HOOKS", "LISTENS", "PORTS", ""]
     environ = {PREFIX + name: "x" for name in injected + strange} | {"OTEL_EXPORTER_OTLP_ENDPOINT": "x", "HOME": "/"}
     assert read(**environ).unknown == tuple(sorted(PREFIX + name for name in strange))
 

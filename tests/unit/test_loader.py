@@ -83,7 +83,7 @@ def test_installed_sources_come_first(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_request(release: str, old: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: FBT001
     """The child is told sizes, source and types; kernels before 5.12 have no atomic compare and exchange."""
     monkeypatch.setattr(platform, "release", lambda: release)
-    request = loader._request(loader.Sizes(vip_ports=7, places=8))
+    request = loader._request(loader.Sizes(vip_ports=7, places=8), xdp=False)
     assert request["defines"]["LBH_MAX_VIP_PORTS"] == 7
     assert request["defines"]["LBH_MAX_PLACES"] == 8
     assert request["programs"]["lbh_ingress"] == "tc"
@@ -92,9 +92,16 @@ def test_request(release: str, old: bool, monkeypatch: pytest.MonkeyPatch) -> No
     assert Path(request["source"]).is_file()
 
 
+def test_xdp_only_where_it_is_wanted() -> None:
+    """The program for XDP is compiled and loaded only when asked for: it costs a start its time."""
+    plain, more = (loader._request(loader.Sizes(), xdp=xdp) for xdp in (False, True))
+    assert more["programs"] == plain["programs"] | {"lbh_xdp": "xdp"}
+    assert ("LBH_XDP" in plain["defines"], more["defines"]["LBH_XDP"]) == (False, 1)
+
+
 def test_secrets_differ() -> None:
     """The numbers by which the table is hashed are drawn anew for each load and fit in 64 bits."""
-    drawn = [loader._request(loader.Sizes())["defines"] for _ in range(20)]
+    drawn = [loader._request(loader.Sizes(), xdp=False)["defines"] for _ in range(20)]
     for name in ("LBH_HASH_MULTIPLIER", "LBH_HASH_ADDEND"):
         numbers = {int(defines[name].removesuffix("ull")) for defines in drawn}
         assert len(numbers) == 20
