@@ -359,30 +359,32 @@ static __always_inline u32 lowest_way(u32 ways)
 }
 
 /*
- * How gladly a slot is given up: free, settled, unanswered, still open; within each the oldest first; being filled,
- * never. The way is in the low bits.
+ * How gladly a slot is given up: free, settled, unanswered, still open; within each those with the newcomer's own ISN
+ * first, so that a flood with one ISN pushes out itself and not its neighbours; then the oldest; being filled, never.
+ * An age has 28 bits. The way is in the low bits.
  */
-static __always_inline u64 victim_score(u64 tag, u32 way, u64 now)
+static __always_inline u64 victim_score(u64 tag, u32 isn, u32 way, u64 now)
 {
 	u32 state = tag_state(tag);
 	u64 rank = 0x210003u >> state * 4 & 3;
 	u64 usable = is_zero(state ^ LBH_BUSY) - 1;
+	u64 same = is_zero(tag >> 32 ^ isn);
 
-	return ((rank << 29 | tag_age(tag, now)) << 3 & usable) | way;
+	return ((rank << 29 | same << 28 | tag_age(tag, now)) << 3 & usable) | way;
 }
 
 /*
  * Takes a slot of the bucket for a new handshake. The table never refuses: in a full bucket the least needed
  * handshake gives way, and is counted. NULL only if other CPUs are filling what was chosen.
  */
-static __always_inline struct lbh_handshake *take_slot(struct lbh_match *match, u64 now)
+static __always_inline struct lbh_handshake *take_slot(struct lbh_match *match, u32 isn, u64 now)
 {
 	u64 best = 0, tag;
 	u32 i, way, state;
 
 #pragma clang loop unroll(disable)
 	for (i = 0; i < LBH_WAYS; i++) {
-		s64 over = victim_score(match->tags->ways[i], i, now) - best;
+		s64 over = victim_score(match->tags->ways[i], isn, i, now) - best;
 
 		best += over & ~(over >> 63);
 	}
@@ -430,12 +432,13 @@ static __always_inline bool find_handshake(struct lbh_match *match, u32 isn, con
 /*
  * The youngest entry that waits for its translation under this packet's ISN. A packet that still goes to an entry's
  * VIP is not that entry's translation; if it is also from that entry's client, it was bridged or routed on as it came,
- * and is nobody's.
+ * and is nobody's. Nor is a translation that an entry has already, which passes one more hook or was sent again,
+ * anybody else's.
  */
 static __always_inline bool find_untranslated(struct lbh_match *match, const struct lbh_packet *packet)
 {
 	u32 isn = packet->sequence, n, ways = ways_with(match->tags, isn);
-	u64 youngest_ns = 0, best = 0, waiting = 0, late = 0, routed_on = 0;
+	u64 youngest_ns = 0, best = 0, waiting = 0, late = 0, known = 0;
 
 #pragma clang loop unroll(disable)
 	for (n = 0; n < LBH_WAYS && ways; n++, ways &= ways - 1) {
@@ -448,8 +451,12 @@ static __always_inline bool find_untranslated(struct lbh_match *match, const str
 			return false;
 		to_vip = is_zero(address_difference(&slot->vip, &packet->destination) |
 				 (slot->vip_port ^ packet->destination_port));
-		routed_on |= to_vip & is_zero(address_difference(&slot->client, &packet->source) |
-					      (slot->client_port ^ packet->source_port));
+		known |= to_vip & is_zero(address_difference(&slot->client, &packet->source) |
+					  (slot->client_port ^ packet->source_port));
+		known |= ~is_zero(slot->forward_ns) & is_zero(address_difference(&slot->snat, &packet->source) |
+							      address_difference(&slot->backend, &packet->destination) |
+							      (slot->snat_port ^ packet->source_port) |
+							      (slot->backend_port ^ packet->destination_port));
 		late += is_zero(state ^ LBH_UNANSWERED) & is_zero(slot->forward_ns) & ~to_vip;
 		waits = is_zero(state ^ LBH_SEEN) & ~to_vip;
 		waiting += waits;
@@ -458,7 +465,7 @@ static __always_inline bool find_untranslated(struct lbh_match *match, const str
 		youngest_ns += over & younger;
 		best = (best & ~younger) | (way & younger);
 	}
-	if (routed_on)
+	if (known)
 		return false;
 	if (late)
 		count_events(LBH_LATE, late);
@@ -528,7 +535,9 @@ static __always_inline void syn_in(struct lbh_context context, const struct lbh_
 		/* Both hooks of one interface see a packet only while the agent changes from one to the other. */
 		if ((match.slot->in_ifindex == ifindex && match.slot->xdp == context.xdp) ||
 		    gap_ns > LBH_SAME_PACKET_NS) {
-			match.slot->retransmits++;
+			/* Stays at its highest: back at zero, a storm would end as if nothing had been sent again. */
+			if (match.slot->retransmits < 0xffff)
+				match.slot->retransmits++;
 			/* The VIP port may have gone over to another Service since. */
 			vip_id = match.slot->vip_id;
 			stats = vip_stats.lookup(&vip_id);
@@ -541,7 +550,7 @@ static __always_inline void syn_in(struct lbh_context context, const struct lbh_
 	}
 	origin = origin_of(ifindex);
 	stats->connections[origin]++;
-	slot = take_slot(&match, now);
+	slot = take_slot(&match, packet->sequence, now);
 	if (!slot) {
 		/* Nobody will tell what becomes of it: its verdict is now, so that the counts still add up. */
 		stats->unforwarded[origin][LBH_DROPPED]++;

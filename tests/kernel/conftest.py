@@ -42,6 +42,11 @@ def _narrow(namespace: Namespace) -> Iterator[Rig]:
     )
 
 
+@pytest.fixture(scope="session")
+def _default(namespace: Namespace) -> Iterator[Rig]:
+    yield from _rig(Sizes(), namespace)
+
+
 @pytest.fixture
 def rig(_wide: Rig) -> Iterator[Rig]:
     """Give a test programs with room for 1,024 handshakes and 2,047 records, and nothing in them."""
@@ -64,3 +69,11 @@ def netlink(rig: Rig) -> Iterator[Netlink]:  # noqa: ARG001 - whose namespace th
     made = Netlink()
     yield made
     made.close()
+
+
+@pytest.fixture
+def default(_default: Rig) -> Iterator[Rig]:
+    """Give a test programs of the sizes that an agent loads, and nothing in them."""
+    with _default.namespace.entered():
+        _default.reset()
+        yield _default

@@ -178,7 +178,7 @@ class _Handshake:
     hook: tuple[int, bool]
     last_ns: int
     state: _State = _State.SEEN
-    translated: bool = False
+    translated: tuple[bytes, int, bytes, int] | None = None
     retransmits: int = 0
 
 
@@ -270,6 +270,9 @@ class Model:
         target = packet.destination, packet.destination_port
         if (packet.sequence, packet.source, packet.source_port, *target) in self._handshakes:
             return  # routed on as it came
+        translation = packet.source, packet.source_port, *target
+        if any(key[0] == packet.sequence and each.translated == translation for key, each in self._handshakes.items()):
+            return  # it passes one more hook, or was sent again
         # What leaves for a VIP is not its own entries' translation. With one ISN for several, each entry is told of.
         same = [each for key, each in self._handshakes.items() if key[0] == packet.sequence and each.vip != target]
         waiting = [each for each in same if each.state is _State.SEEN]
@@ -278,7 +281,7 @@ class Model:
         if not waiting:
             return
         youngest = waiting[-1]  # a dict keeps the order of insertion
-        youngest.state, youngest.translated = _State.FORWARDED, True
+        youngest.state, youngest.translated = _State.FORWARDED, translation
         youngest.hop_id = self.backends.get((youngest.vip_id, *target), youngest.vip_id)
         self.forwarded[youngest.hop_id, youngest.origin] += 1
         self.measured_forward[youngest.hop_id] += 1

@@ -105,7 +105,7 @@ def step(both: Both, draw: random.Random, isns: list[int]) -> None:
     """Let one packet pass, or the sweep."""
     rig = both.rig
     backend = draw.choice((NEAR, FAR, FAR, STRANGER))
-    ends = draw.choice(CLIENTS), draw.choice(VIPS), End.of("8.0.2.1", draw.randrange(1024, 65536)), backend
+    ends = draw.choice(CLIENTS), draw.choice(VIPS), End.of("8.0.2.1", draw.randrange(1024, 1030)), backend
     flow = Flow(*ends, draw.choice(isns))
     action = draw.random()
     if action < 0.4:

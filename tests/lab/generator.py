@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 SOURCE = Path(__file__).with_name("connections.c")
 
 
+def compiled(source: Path, folder: Path) -> Path:
+    """Compile a program of the lab into a folder."""
+    program = folder / source.stem
+    subprocess.run(["cc", "-O2", "-o", str(program), str(source)], check=True)
+    return program
+
+
 class Called(NamedTuple):
     """What the client did."""
 
@@ -34,9 +41,8 @@ class Generator:
     """The compiled program; `prefix` (taskset) is put before every run of it."""
 
     def __init__(self, folder: Path, prefix: Sequence[str] = ()) -> None:
-        self.program = folder / "connections"
+        self.program = compiled(SOURCE, folder)
         self._prefix = list(prefix)
-        subprocess.run(["cc", "-O2", "-o", str(self.program), str(SOURCE)], check=True)
 
     def command(self, *words: str) -> list[str]:
         """Write a command line."""
