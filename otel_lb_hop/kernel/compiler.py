@@ -21,7 +21,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from otel_lb_hop.kernel.privileges import least_for_child
+
 MAX_MESSAGE = 1 << 16
+_FOLDERS = ("/dev/shm", "/run")  # noqa: S108 - after those of tempfile.gettempdir
+"""A container with a read-only root has the first at least."""
 
 _ARCH_OF = {"x86_64": "x86", "aarch64": "arm64", "riscv64": "riscv", "ppc64le": "powerpc", "s390x": "s390"}
 _UAPI = Path("/usr/include")
@@ -44,6 +48,21 @@ def make_header_tree(stubs: Path, tree: Path) -> None:
     (uapi / "asm-generic").symlink_to(_UAPI / "asm-generic")
     multiarch = _UAPI / f"{machine}-linux-gnu/asm"
     (arch_uapi / "asm").symlink_to(multiarch if multiarch.exists() else _UAPI / "asm")
+
+
+def writable_folder() -> str:
+    """Find where a temporary folder can be made; raises FileNotFoundError that says what to mount."""
+    try:
+        return tempfile.gettempdir()  # TMPDIR, /tmp and the like, each tried by writing
+    except FileNotFoundError:
+        for folder in _FOLDERS:
+            if os.access(folder, os.W_OK | os.X_OK):
+                return folder
+    text = (
+        "no folder can be written, and the headers for the compiler are put together in one for a moment: mount a tmpfs"
+        " (Kubernetes: an emptyDir) on /tmp, or name a folder in TMPDIR"
+    )
+    raise FileNotFoundError(text)
 
 
 def compile_and_load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
@@ -74,14 +93,14 @@ def serve(channel: socket.socket) -> None:
     """Answer one request on the channel; an error becomes an answer that tells it."""
     request = json.loads(channel.recv(MAX_MESSAGE))
     fds: list[int] = []
-    with tempfile.TemporaryDirectory(prefix="otel-lb-hop-") as folder:
-        tree = Path(folder) / "headers"
-        try:
+    try:
+        with tempfile.TemporaryDirectory(prefix="otel-lb-hop-", dir=writable_folder()) as folder:
+            tree = Path(folder) / "headers"
             make_header_tree(Path(request["headers"]), tree)
             os.environ["BCC_KERNEL_SOURCE"] = str(tree)
             answer, fds = compile_and_load(request)
-        except Exception as error:  # noqa: BLE001 - whatever bcc raises, the parent has to hear of it
-            answer = {"error": f"{type(error).__name__}: {error}"}
+    except Exception as error:  # noqa: BLE001 - whatever bcc raises, the parent has to hear of it
+        answer = {"error": f"{type(error).__name__}: {error}"}
     socket.send_fds(channel, [json.dumps(answer).encode()], fds)
 
 
@@ -91,5 +110,6 @@ def die_with_parent() -> None:
 
 
 if __name__ == "__main__":
+    least_for_child()
     die_with_parent()
     serve(socket.socket(fileno=int(sys.argv[1])))

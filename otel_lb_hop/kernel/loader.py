@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import platform
-import re
 import socket
 import subprocess
 import sys
@@ -20,6 +18,7 @@ from otel_lb_hop.core import layout
 from otel_lb_hop.errors import KernelError
 from otel_lb_hop.kernel.bpf import Map
 from otel_lb_hop.kernel.compiler import MAX_MESSAGE
+from otel_lb_hop.kernel.privileges import kernel_version
 
 COMPILE_SECONDS = 60
 PROGRAMS = {
@@ -102,16 +101,12 @@ def bpf_folder() -> Path:
     raise KernelError(f"the BPF sources are not in {package / 'bpf'}: the installation is not complete")
 
 
-def _kernel_version() -> tuple[int, int]:
-    match = re.match(r"(\d+)\.(\d+)", platform.release())
-    return (int(match[1]), int(match[2])) if match else (0, 0)
-
-
 def _explain(error: str, output: str) -> str:
     """Say what a failed compile means for an operator; the child's own words stand behind it."""
     last = output.strip().splitlines()[-1:] or [""]
-    if "Operation not permitted" in error + output or (os.geteuid() != 0 and "Failed to load" in error + output):
-        hint = "loading BPF programs was refused: run as root or with CAP_BPF and CAP_NET_ADMIN"
+    if "Operation not permitted" in error + output:
+        # Of the capabilities it was sure before.
+        hint = "loading BPF programs was refused: by a seccomp profile, a security module, or in a user namespace"
     elif "bcc cannot be imported" in error:
         hint = "bcc is missing"
     elif "Function not implemented" in error + output:
@@ -126,7 +121,7 @@ def _request(sizes: Sizes) -> dict[str, Any]:
     # The secret by which the handshake table is hashed.
     secrets = {f"LBH_HASH_{name}": f"{int.from_bytes(os.urandom(8))}ull" for name in ("MULTIPLIER", "ADDEND")}
     defines: dict[str, int | str] = {**sizes.defines(), **secrets}
-    if _kernel_version() < (5, 12):
+    if kernel_version() < (5, 12):
         defines["LBH_NO_COMPARE_EXCHANGE"] = 1
     return {
         "source": str(folder / "lb_hop.c"),
