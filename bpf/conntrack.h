@@ -159,7 +159,7 @@ static __always_inline int lbh_ct_find_tuple(struct __sk_buff *skb, struct lbh_c
 {
 	u32 i, offset = message->offset;
 
-#pragma clang loop unroll(disable)
+#pragma unroll
 	for (i = 0; i < LBH_CT_ATTRIBUTES; i++) {
 		struct nlattr attribute;
 

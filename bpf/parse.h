@@ -59,15 +59,11 @@ struct lbh_extension {
 };
 
 /*
- * A pointer to size bytes at offset: into the packet where they are linear, else to a copy in buffer (headers
- * may lie in page fragments of the skb). NULL if the packet ends before.
+ * Copies size bytes at offset into buffer; NULL if the packet ends before. Never a pointer into the packet: to add to
+ * one what the packet says is refused without CAP_PERFMON.
  */
 static __always_inline void *lbh_header(struct __sk_buff *skb, u32 offset, void *buffer, u32 size)
 {
-	void *start = (void *)(long)skb->data + offset;
-
-	if (start + size <= (void *)(long)skb->data_end)
-		return start;
 	return bpf_skb_load_bytes(skb, offset, buffer, size) ? NULL : buffer;
 }
 
@@ -205,12 +201,15 @@ static __always_inline bool lbh_is_dull(struct __sk_buff *skb, bool ethernet, bo
 		if (ip[0] != 0x45 || header->frag_off & bpf_htons(0x1fff))
 			return false;
 		flags = ip[sizeof(*header) + 13];
+		/* Two reads at two fixed offsets, not one at an offset that is chosen: see lbh_header. */
+		asm volatile("# IPv4" : "+r"(flags));
 	} else if (ethertype == bpf_htons(ETH_P_IPV6)) {
 		struct ipv6hdr *header = (void *)ip;
 
 		if (ip + sizeof(*header) + sizeof(struct tcphdr) > end || header->nexthdr != IPPROTO_TCP)
 			return false;
 		flags = ip[sizeof(*header) + 13];
+		asm volatile("# IPv6" : "+r"(flags));
 	} else {
 		return false;
 	}
