@@ -3,7 +3,7 @@
 | process | holds | why |
 |---|---|---|
 | main, until the compile child is started | what follows, for the child to have it | |
-| compile child | CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN | it loads the programs |
+| compile child | CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON if there | it loads the programs |
 | main, from then on | CAP_BPF, CAP_NET_ADMIN | maps and test runs (Linux before 5.19), new interfaces, conntrack |
 
 Capabilities belong to threads (capabilities(7)): they are given up before there is a second one. What `python -m`
@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import logging
 import os
 import platform
 import re
@@ -43,6 +44,8 @@ _LOCKED_MEMORY_BEFORE = (5, 11)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
+log = logging.getLogger(__name__)
+
 
 class Capability(IntEnum):
     """Those that matter here, by their number (include/uapi/linux/capability.h)."""
@@ -59,10 +62,7 @@ class Capability(IntEnum):
 
 
 _LOAD = "to load BPF programs and to read their maps"
-_POINTERS = "for the verifier to accept what the programs do with pointers"
 _ATTACH = "to attach the programs to interfaces and to hear of UDP and SCTP from conntrack"
-_BY_SYS_ADMIN = frozenset({Capability.BPF, Capability.PERFMON})
-"""CAP_SYS_ADMIN does for these (bpf_capable and perfmon_capable in include/linux/capability.h)."""
 
 
 class Holding(NamedTuple):
@@ -90,15 +90,14 @@ def kernel_version() -> tuple[int, int]:
 def needs(last_capability: int) -> dict[Capability, str]:
     """Name what the start needs and what for, on a kernel whose capabilities end with this one.
 
-    CAP_BPF and CAP_PERFMON came with Linux 5.8, and with older ones of distributions; where they are not,
-    CAP_SYS_ADMIN is asked for in their place.
+    CAP_BPF came with Linux 5.8, and with older ones of distributions; where it is not, CAP_SYS_ADMIN is asked for.
     """
     if last_capability < Capability.BPF:
         return {
             Capability.SYS_ADMIN: f"{_LOAD}: this kernel has no CAP_BPF, which came with Linux 5.8",
             Capability.NET_ADMIN: _ATTACH,
         }
-    return {Capability.BPF: _LOAD, Capability.PERFMON: _POINTERS, Capability.NET_ADMIN: _ATTACH}
+    return {Capability.BPF: _LOAD, Capability.NET_ADMIN: _ATTACH}
 
 
 def choose(needed: dict[Capability, str], holding: Holding, user: int) -> frozenset[Capability]:
@@ -106,7 +105,8 @@ def choose(needed: dict[Capability, str], holding: Holding, user: int) -> frozen
     chosen: set[Capability] = set()
     missing: list[Capability] = []
     for capability in needed:
-        ways = (capability, Capability.SYS_ADMIN) if capability in _BY_SYS_ADMIN else (capability,)
+        # CAP_SYS_ADMIN does for CAP_BPF (bpf_capable in include/linux/capability.h).
+        ways = (capability, Capability.SYS_ADMIN) if capability is Capability.BPF else (capability,)
         held = [way for way in ways if holding.permitted >> way & 1]
         chosen.update(held[:1])
         if not held:
@@ -153,6 +153,8 @@ def least() -> Iterator[None]:
     extra = {Capability.SETPCAP} if may_bound else set()
     _limit(chosen | extra, bounding=chosen if may_bound else None)
     _require_bpf()
+    if not chosen & {Capability.PERFMON, Capability.SYS_ADMIN}:
+        log.info("without %s: the kernel guards the programs, each handshake costs it more time", Capability.PERFMON)
     if os.geteuid() != 0:
         _hand_on(chosen, chosen | extra)
     try:
@@ -168,11 +170,10 @@ def least_for_child() -> None:
 
 def _choose() -> tuple[frozenset[Capability], frozenset[Capability]]:
     """Tell what a compile child holds, and what the running agent."""
-    needed = needs(int(_LAST_CAPABILITY.read_text(encoding="ascii")))
-    holding, user = _holding(), os.geteuid()
-    later = needed.copy()
-    later.pop(Capability.PERFMON, None)
-    return choose(needed, holding, user), choose(later, holding, user)
+    holding = _holding()
+    running = choose(needs(int(_LAST_CAPABILITY.read_text(encoding="ascii"))), holding, os.geteuid())
+    faster = {Capability.PERFMON} & {each for each in Capability if holding.permitted >> each & 1}
+    return running | faster, running
 
 
 def _holding() -> Holding:
