@@ -18,7 +18,7 @@ from otel_lb_hop.core import layout
 from otel_lb_hop.errors import KernelError
 from otel_lb_hop.kernel.bpf import Map
 from otel_lb_hop.kernel.compiler import MAX_MESSAGE
-from otel_lb_hop.kernel.privileges import kernel_version
+from otel_lb_hop.kernel.privileges import is_guarded, kernel_version
 
 COMPILE_SECONDS = 60
 PROGRAMS = {
@@ -101,12 +101,17 @@ def bpf_folder() -> Path:
     raise KernelError(f"the BPF sources are not in {package / 'bpf'}: the installation is not complete")
 
 
-def _explain(error: str, output: str) -> str:
-    """Say what a failed compile means for an operator; the child's own words stand behind it."""
+def _explain(error: str, output: str, *, guarded: bool = False) -> str:
+    """Say what a failed compile means for an operator; the child's own words stand behind it.
+
+    `guarded`: the child had no CAP_PERFMON.
+    """
     last = output.strip().splitlines()[-1:] or [""]
     if "Operation not permitted" in error + output:
         # Of the capabilities it was sure before.
         hint = "loading BPF programs was refused: by a seccomp profile, a security module, or in a user namespace"
+    elif guarded and "Failed to load BPF program" in error:
+        hint = "CAP_PERFMON is missing, without it this kernel's verifier does not accept the programs"
     elif "bcc cannot be imported" in error:
         hint = "bcc is missing"
     elif "Function not implemented" in error + output:
@@ -160,7 +165,7 @@ def _ask_child(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     if "error" in answer:
         for fd in fds:
             os.close(fd)
-        raise KernelError(_explain(answer["error"], output))
+        raise KernelError(_explain(answer["error"], output, guarded=is_guarded()))
     return answer, fds
 
 

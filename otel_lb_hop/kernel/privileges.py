@@ -153,7 +153,7 @@ def least() -> Iterator[None]:
     extra = {Capability.SETPCAP} if may_bound else set()
     _limit(chosen | extra, bounding=chosen if may_bound else None)
     _require_bpf()
-    if not chosen & {Capability.PERFMON, Capability.SYS_ADMIN}:
+    if is_guarded():
         log.info("without %s: the kernel guards the programs, each handshake costs it more time", Capability.PERFMON)
     if os.geteuid() != 0:
         _hand_on(chosen, chosen | extra)
@@ -161,6 +161,12 @@ def least() -> Iterator[None]:
         yield
     finally:
         _limit(running, bounding=running if may_bound else None)
+
+
+def is_guarded() -> bool:
+    """Whether programs that this thread has loaded are held to more, and guarded against speculation."""
+    # perfmon_capable in include/linux/capability.h.
+    return not any(_holding().permitted >> each & 1 for each in (Capability.PERFMON, Capability.SYS_ADMIN))
 
 
 def least_for_child() -> None:

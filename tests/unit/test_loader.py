@@ -38,6 +38,15 @@ def test_explain(error: str, output: str, told: str) -> None:
     assert loader._explain(error, output) == told.replace("@", error)
 
 
+def test_explain_the_verifier() -> None:
+    """What the verifier refuses without CAP_PERFMON it may accept with it."""
+    told = loader._explain(VERIFIER, "processed 9 insns\n", guarded=True)
+    assert told == (
+        "CAP_PERFMON is missing, without it this kernel's verifier does not accept the programs: "
+        f"{VERIFIER} processed 9 insns"
+    )
+
+
 def test_bpf_folder() -> None:
     """The C sources are found, with the header and the stub headers beside them."""
     folder = loader.bpf_folder()
