@@ -162,7 +162,7 @@ static __always_inline int lbh_ct_find_tuple(struct __sk_buff *skb, struct lbh_c
 {
 	u32 i, offset = message->offset;
 
-#pragma clang loop unroll(disable)
+	LBH_LOOP
 	for (i = 0; i < LBH_CT_ATTRIBUTES; i++) {
 		struct nlattr attribute;
 
@@ -188,7 +188,7 @@ static __always_inline u32 lbh_ct_find_id(struct __sk_buff *skb, struct lbh_ct_m
 {
 	u32 i, offset = message->offset;
 
-#pragma clang loop unroll(disable)
+	LBH_LOOP
 	for (i = 0; i < LBH_CT_ATTRIBUTES; i++) {
 		struct lbh_ct_id attribute;
 

@@ -13,6 +13,7 @@
 #include <linux/pkt_cls.h>
 
 #include "lb_hop.h"
+#include "guard.h"
 #include "conntrack.h"
 #include "parse.h"
 
@@ -172,17 +173,23 @@ static __always_inline struct lbh_handshake *slot_of(u32 bucket, u32 way)
 	return handshakes.lookup(&index);
 }
 
-/* The bounds are 1, 2.5 and 5 times powers of ten (LBH_BOUNDS); found by a loop, as all here is, to keep the code
- * short. */
+/*
+ * The bounds are 1, 2.5 and 5 times powers of ten (LBH_BOUNDS): first the power, then the place in it. Counted without
+ * a branch, which the verifier need not follow.
+ */
 static __always_inline u32 histogram_bucket(u64 ns)
 {
 	u64 bound = LBH_FIRST_BOUND_NS;
-	u32 bucket;
+	u32 bucket = 0, i;
 
-#pragma clang loop unroll(disable)
-	for (bucket = 0; bucket < LBH_BUCKETS - 1 && ns > bound; bucket++)
-		bound = bucket % 3 ? bound * 2 : bound * 5 / 2;
-	return bucket;
+#pragma unroll
+	for (i = 0; i < (LBH_BUCKETS - 1) / 3 - 1; i++) {
+		u64 above = (5 * bound - ns) >> 63;
+
+		bucket += 3 * above;
+		bound += 9 * bound * above;
+	}
+	return bucket + ((bound - ns) >> 63) + ((5 * bound / 2 - ns) >> 63) + ((5 * bound - ns) >> 63);
 }
 
 static __always_inline void observe(struct lbh_histogram *histogram, u64 ns)
@@ -200,17 +207,25 @@ static __always_inline void observe(struct lbh_histogram *histogram, u64 ns)
  */
 static __always_inline struct lbh_trace_id trace_id_of(const struct lbh_handshake *slot, u32 isn, bool translated)
 {
-	const struct lbh_address *source = translated ? &slot->snat : &slot->client;
-	const struct lbh_address *destination = translated ? &slot->backend : &slot->vip;
-	u32 ports = translated ? (u32)slot->snat_port << 16 | slot->backend_port
-			       : (u32)slot->client_port << 16 | slot->vip_port;
+	struct lbh_address source, destination;
+	u32 ports, yes = -(u32)translated, n;
 	struct lbh_trace_id id;
-	u64 hash = mix((u64)ports << 32 | isn);
+	u64 hash;
 
-	hash = mix(hash ^ ((u64)source->words[1] << 32 | source->words[0]));
-	hash = mix(hash ^ ((u64)source->words[3] << 32 | source->words[2]));
-	hash = mix(hash ^ ((u64)destination->words[1] << 32 | destination->words[0]));
-	hash = mix(hash ^ ((u64)destination->words[3] << 32 | destination->words[2]));
+	/* Values are chosen and not the pointers to them, which the verifier refuses without CAP_PERFMON. */
+	asm volatile("" : "+r"(yes));
+#pragma unroll
+	for (n = 0; n < 4; n++) {
+		source.words[n] = slot->client.words[n] ^ ((slot->client.words[n] ^ slot->snat.words[n]) & yes);
+		destination.words[n] = slot->vip.words[n] ^ ((slot->vip.words[n] ^ slot->backend.words[n]) & yes);
+	}
+	ports = (u32)slot->client_port << 16 | slot->vip_port;
+	ports ^= (ports ^ ((u32)slot->snat_port << 16 | slot->backend_port)) & yes;
+	hash = mix((u64)ports << 32 | isn);
+	hash = mix(hash ^ ((u64)source.words[1] << 32 | source.words[0]));
+	hash = mix(hash ^ ((u64)source.words[3] << 32 | source.words[2]));
+	hash = mix(hash ^ ((u64)destination.words[1] << 32 | destination.words[0]));
+	hash = mix(hash ^ ((u64)destination.words[3] << 32 | destination.words[2]));
 	id.low = hash;
 	id.high = mix(hash ^ isn ^ 0x9e3779b97f4a7c15ull);
 	return id;
@@ -302,11 +317,12 @@ static __always_inline void count_unforwarded(const struct lbh_handshake *slot)
 {
 	u32 vip_id = slot->vip_id, origin = slot->origin, reason = slot->unforwarded;
 	struct lbh_vip_stats *stats = vip_stats.lookup(&vip_id);
+	u32 row = hide(origin * LBH_UNFORWARDED_REASONS + reason, slot->syn_ns) & 7;
 
 	if (!stats)
 		count_event(LBH_NO_ROW);
-	else if (origin < LBH_ORIGINS && reason < LBH_UNFORWARDED_REASONS)
-		__sync_fetch_and_add(&stats->unforwarded[origin][reason], 1);
+	else if (row < LBH_ORIGINS * LBH_UNFORWARDED_REASONS)
+		__sync_fetch_and_add(&stats->unforwarded[0][row], 1);
 }
 
 static __always_inline struct lbh_hop_stats *hop_stats_of(u32 hop_id)
@@ -346,7 +362,7 @@ static __always_inline u32 ways_with(const struct lbh_tags *tags, u32 isn)
 {
 	u32 i, ways = 0;
 
-#pragma clang loop unroll(disable)
+	LBH_LOOP
 	for (i = 0; i < LBH_WAYS; i++)
 		ways |= (u32)is_zero(tags->ways[i] >> 32 ^ isn) << i;
 	return ways;
@@ -382,13 +398,13 @@ static __always_inline struct lbh_handshake *take_slot(struct lbh_match *match, 
 	u64 best = 0, tag;
 	u32 i, way, state;
 
-#pragma clang loop unroll(disable)
+	LBH_LOOP
 	for (i = 0; i < LBH_WAYS; i++) {
 		s64 over = victim_score(match->tags->ways[i], isn, i, now) - best;
 
 		best += over & ~(over >> 63);
 	}
-	way = best & (LBH_WAYS - 1);
+	way = hide(best, now) & (LBH_WAYS - 1);
 	match->tag = &match->tags->ways[way];
 	tag = *match->tag;
 	state = tag_state(tag);
@@ -410,7 +426,7 @@ static __always_inline bool find_handshake(struct lbh_match *match, u32 isn, con
 {
 	u32 n, ways = ways_with(match->tags, isn);
 
-#pragma clang loop unroll(disable)
+	LBH_LOOP
 	for (n = 0; n < LBH_WAYS && ways; n++, ways &= ways - 1) {
 		u32 way = lowest_way(ways);
 		u64 tag = match->tags->ways[way];
@@ -440,7 +456,7 @@ static __always_inline bool find_untranslated(struct lbh_match *match, const str
 	u32 isn = packet->sequence, n, ways = ways_with(match->tags, isn);
 	u64 youngest_ns = 0, best = 0, waiting = 0, late = 0, known = 0;
 
-#pragma clang loop unroll(disable)
+	LBH_LOOP
 	for (n = 0; n < LBH_WAYS && ways; n++, ways &= ways - 1) {
 		u32 way = lowest_way(ways), state = tag_state(match->tags->ways[way]);
 		struct lbh_handshake *slot = slot_of(match->bucket, way);
@@ -473,7 +489,7 @@ static __always_inline bool find_untranslated(struct lbh_match *match, const str
 		return false;
 	if (waiting > 1)
 		count_events(LBH_ISN_SHARED, waiting - 1);
-	best &= LBH_WAYS - 1;
+	best = hide(best, isn) & (LBH_WAYS - 1);
 	match->tag = &match->tags->ways[best];
 	match->seen_tag = *match->tag;
 	match->slot = slot_of(match->bucket, best);
@@ -487,10 +503,15 @@ static __always_inline u32 origin_of(u32 ifindex)
 	struct lbh_uplinks *list = uplinks.lookup(&zero);
 	u32 i;
 
-#pragma clang loop unroll(disable)
-	for (i = 0; list && i < LBH_MAX_UPLINKS && list->ifindexes[i]; i++)
-		if (list->ifindexes[i] == ifindex)
+	LBH_LOOP
+	for (i = 0; list && i < LBH_MAX_UPLINKS; i++) {
+		u32 uplink = list->ifindexes[i];
+
+		if (!uplink)
+			break;
+		if (uplink == ifindex)
 			return LBH_EXTERNAL;
+	}
 	return LBH_INTERNAL;
 }
 
@@ -548,7 +569,7 @@ static __always_inline void syn_in(struct lbh_context context, const struct lbh_
 		}
 		return;
 	}
-	origin = origin_of(ifindex);
+	origin = hide(origin_of(ifindex), now) & 1;
 	stats->connections[origin]++;
 	slot = take_slot(&match, packet->sequence, now);
 	if (!slot) {
@@ -605,8 +626,8 @@ static __always_inline void syn_out(const struct lbh_packet *packet)
 	took_ns = now - slot->syn_ns;
 	swap_tag(match.tag, filling, with_state(filling, LBH_FORWARDED));
 	stats = hop_stats_of(hop_id);
-	if (stats && origin < LBH_ORIGINS) {
-		stats->forwarded[origin]++;
+	if (stats) {
+		stats->forwarded[hide(origin, now) & 1]++;
 		observe(&stats->forward, took_ns);
 	}
 }
@@ -614,7 +635,7 @@ static __always_inline void syn_out(const struct lbh_packet *packet)
 /* A SYN-ACK or RST leaves from a VIP port: the end of the handshake that its acknowledgment number names. */
 static __always_inline void answer_out(const struct lbh_packet *packet)
 {
-	u32 isn = packet->acknowledgment - 1, verdict = LBH_VERDICT_ANSWERED, state, origin;
+	u32 isn = packet->acknowledgment - 1, verdict = LBH_VERDICT_ANSWERED, state;
 	bool refused = packet->flags & LBH_TCP_RST;
 	struct lbh_match match = {};
 	struct lbh_handshake *slot;
@@ -644,11 +665,10 @@ static __always_inline void answer_out(const struct lbh_packet *packet)
 		verdict = LBH_VERDICT_UNFORWARDED + slot->unforwarded;
 	} else {
 		stats = hop_stats_of(slot->hop_id);
-		origin = slot->origin;
-		if (stats && origin < LBH_ORIGINS) {
+		if (stats) {
 			/* Answered without a translated SYN at a hook: a backend reached by a way around them. */
 			if (state == LBH_SEEN)
-				stats->forwarded[origin]++;
+				stats->forwarded[hide(slot->origin, now) & 1]++;
 			if (refused) {
 				stats->refused++;
 			} else {
@@ -760,7 +780,7 @@ int lbh_sweep(struct __sk_buff *skb)
 	struct lbh_tags *tags;
 	u32 *cursor, bucket, i;
 	int zero = 0;
-	u64 now = bpf_ktime_get_ns();
+	u64 now = bpf_ktime_get_ns(), wait_ns;
 
 	config = settings.lookup(&zero);
 	cursor = sweep_cursor.lookup(&zero);
@@ -770,15 +790,15 @@ int lbh_sweep(struct __sk_buff *skb)
 	tags = handshake_tags.lookup((int *)&bucket);
 	if (!tags)
 		return TC_ACT_UNSPEC;
-#pragma clang loop unroll(disable)
+	wait_ns = config->verdict_after_ns;
+	LBH_LOOP
 	for (i = 0; i < LBH_WAYS; i++) {
 		u64 tag = tags->ways[i];
 		u32 state = tag_state(tag);
+		s64 over_ns = ((u64)tag_age(tag, now) << LBH_TICK_SHIFT) - wait_ns;
 		struct lbh_handshake *slot;
 
-		if (state != LBH_SEEN && state != LBH_FORWARDED)
-			continue;
-		if ((u64)tag_age(tag, now) << LBH_TICK_SHIFT < config->verdict_after_ns)
+		if (!((is_zero(state ^ LBH_SEEN) | is_zero(state ^ LBH_FORWARDED)) & ~(over_ns >> 63)))
 			continue;
 		slot = slot_of(bucket, i);
 		if (!slot || !swap_tag(&tags->ways[i], tag, with_state(tag, LBH_BUSY)))
@@ -816,11 +836,11 @@ static __always_inline u32 place_of(const struct lbh_address *address)
  */
 static __always_inline void count_told(const struct lbh_handshake *slot, u32 verdict)
 {
-	u32 vip_id = slot->vip_id, origin = slot->origin;
+	u32 vip_id = slot->vip_id, origin = hide(slot->origin, slot->syn_ns) & 1;
 	struct lbh_vip_stats *stats = vip_stats.lookup(&vip_id);
 	struct lbh_hop_stats *hop;
 
-	if (!stats || origin >= LBH_ORIGINS) {
+	if (!stats) {
 		count_event(LBH_NO_ROW);
 		return;
 	}

@@ -106,15 +106,21 @@ static __always_inline u16 lbh_protocol(struct lbh_context context)
  * A pointer to size bytes at offset: into the packet where they are linear, else to a copy in buffer (headers
  * may lie in page fragments of the skb). NULL if the packet ends before. On XDP all that there is is linear: the kernel
  * gives packets in several buffers only to programs that ask for them (BPF_F_XDP_HAS_FRAGS), which ours does not.
+ * Guarded, always a copy: what the packet says must not be added to a pointer.
  */
 static __always_inline void *lbh_header(struct lbh_context context, u32 offset, void *buffer, u32 size)
 {
+#ifdef LBH_GUARDED
+	if (context.xdp)
+		return bpf_xdp_load_bytes(context.given, offset, buffer, size) ? NULL : buffer;
+#else
 	void *start = lbh_data(context) + offset;
 
 	if (start + size <= lbh_data_end(context))
 		return start;
 	if (context.xdp)
 		return NULL;
+#endif
 	return bpf_skb_load_bytes(context.given, offset, buffer, size) ? NULL : buffer;
 }
 
@@ -256,12 +262,15 @@ static __always_inline bool lbh_is_dull(struct lbh_context context, bool etherne
 		if (ip[0] != 0x45 || header->frag_off & bpf_htons(0x1fff))
 			return false;
 		flags = ip[sizeof(*header) + 13];
+		/* Two reads at two fixed offsets, not one at an offset that is chosen: see lbh_header. */
+		asm volatile("# IPv4" : "+r"(flags));
 	} else if (ethertype == bpf_htons(ETH_P_IPV6)) {
 		struct ipv6hdr *header = (void *)ip;
 
 		if (ip + sizeof(*header) + sizeof(struct tcphdr) > end || header->nexthdr != IPPROTO_TCP)
 			return false;
 		flags = ip[sizeof(*header) + 13];
+		asm volatile("# IPv6" : "+r"(flags));
 	} else {
 		return false;
 	}

@@ -18,6 +18,7 @@ from otel_lb_hop.errors import ConfigError, KernelError
 from otel_lb_hop.export.otlp_settings import OTLP, unheeded
 from otel_lb_hop.kernel.loader import Sizes, begin_loading, ring_pages
 from otel_lb_hop.kernel.pins import claim
+from otel_lb_hop.kernel.privileges import least
 from otel_lb_hop.ops.logs import set_up_logging
 from otel_lb_hop.ops.stop import Stop
 
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"otel-lb-hop: {error}", file=sys.stderr)
         return EXIT_KERNEL
     except OSError as error:
-        print(f"otel-lb-hop: the system refused: {error}; CAP_BPF and CAP_NET_ADMIN are needed", file=sys.stderr)
+        print(f"otel-lb-hop: the system refused: {error}", file=sys.stderr)
         return EXIT_KERNEL
     return 0
 
@@ -70,9 +71,10 @@ def run(environ: Mapping[str, str]) -> None:
     stop = Stop()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    loading = begin_loading(
-        Sizes(ring_pages=ring_pages(config.record_rate)), claim(config.pin_path), xdp=config.hook != "tc"
-    )
+    pinning = claim(config.pin_path)
+    # Before any other thread: what it holds besides is given up here.
+    with least():
+        loading = begin_loading(Sizes(ring_pages=ring_pages(config.record_rate)), pinning, xdp=config.hook != "tc")
     # The agent's imports go on while the child compiles.
     from otel_lb_hop.agent import Agent  # noqa: PLC0415
 

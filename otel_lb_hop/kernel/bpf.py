@@ -34,6 +34,7 @@ _LINK_CREATE = 28
 _LINK_UPDATE = 29
 _MAP_TYPES = {"hash": 1, "array": 2}
 _F_NO_PREALLOC = 1
+_NO_COMMAND = 0x7FFF_FFFF
 
 BPF_ANY = 0
 BPF_F_BEFORE = 1 << 3
@@ -193,6 +194,15 @@ def run_program(fd: int, packet: bytes = b"", repeat: int = 1, context: bytes = 
     _, result, _, out_size = struct.unpack_from("=IIII", attributes)
     (duration,) = struct.unpack_from("=I", attributes, 36)
     return result, out.raw[:out_size], duration
+
+
+def refusal() -> int:
+    """Tell the errno of a command that does not exist: EINVAL for whoever may call bpf(2) at all."""
+    try:
+        _bpf(_NO_COMMAND, b"")
+    except OSError as error:
+        return error.errno or 0
+    return 0
 
 
 def attach_tcx(fd: int, ifindex: int, attach_type: int) -> int:

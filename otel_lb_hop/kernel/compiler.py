@@ -23,8 +23,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from otel_lb_hop.kernel.privileges import least_for_child
+
 MAX_MESSAGE = 1 << 16
 MAX_FDS = 64
+_FOLDERS = ("/dev/shm", "/run")  # noqa: S108 - after those of tempfile.gettempdir
+"""A container with a read-only root has the first at least."""
 
 _ARCH_OF = {"x86_64": "x86", "aarch64": "arm64", "riscv64": "riscv", "ppc64le": "powerpc", "s390x": "s390"}
 _UAPI = Path("/usr/include")
@@ -64,6 +68,21 @@ def exchange_maps(code: ctypes.Array[ctypes.c_char], new_fds: dict[int, int]) ->
             struct.pack_into("=i", code, at + 4, new_fds[fd])
 
 
+def writable_folder() -> str:
+    """Find where a temporary folder can be made; raises FileNotFoundError that says what to mount."""
+    try:
+        return tempfile.gettempdir()  # TMPDIR, /tmp and the like, each tried by writing
+    except FileNotFoundError:
+        for folder in _FOLDERS:
+            if os.access(folder, os.W_OK | os.X_OK):
+                return folder
+    text = (
+        "no folder can be written, and the headers for the compiler are put together in one for a moment: mount a tmpfs"
+        " (Kubernetes: an emptyDir) on /tmp, or name a folder in TMPDIR"
+    )
+    raise FileNotFoundError(text)
+
+
 def compile_and_load(request: dict[str, Any], given: dict[str, int]) -> tuple[dict[str, Any], list[int]]:
     """Compile the source, load its programs on the maps given, and name the descriptors in the order of the answer."""
     started = time.monotonic()
@@ -100,14 +119,14 @@ def serve(channel: socket.socket) -> None:
     request = json.loads(message)
     given = dict(zip(request["given"], given_fds, strict=True))
     fds: list[int] = []
-    with tempfile.TemporaryDirectory(prefix="otel-lb-hop-") as folder:
-        tree = Path(folder) / "headers"
-        try:
+    try:
+        with tempfile.TemporaryDirectory(prefix="otel-lb-hop-", dir=writable_folder()) as folder:
+            tree = Path(folder) / "headers"
             make_header_tree(Path(request["headers"]), tree)
             os.environ["BCC_KERNEL_SOURCE"] = str(tree)
             answer, fds = compile_and_load(request, given)
-        except Exception as error:  # noqa: BLE001 - whatever bcc raises, the parent has to hear of it
-            answer = {"error": f"{type(error).__name__}: {error}"}
+    except Exception as error:  # noqa: BLE001 - whatever bcc raises, the parent has to hear of it
+        answer = {"error": f"{type(error).__name__}: {error}"}
     socket.send_fds(channel, [json.dumps(answer).encode()], fds)
 
 
@@ -117,5 +136,6 @@ def die_with_parent() -> None:
 
 
 if __name__ == "__main__":
+    least_for_child()
     die_with_parent()
     serve(socket.socket(fileno=int(sys.argv[1])))

@@ -11,8 +11,6 @@ import json
 import logging
 import mmap
 import os
-import platform
-import re
 import socket
 import subprocess
 import sys
@@ -30,6 +28,7 @@ from otel_lb_hop.kernel import bpf
 from otel_lb_hop.kernel.bpf import Map
 from otel_lb_hop.kernel.compiler import MAX_FDS, MAX_MESSAGE
 from otel_lb_hop.kernel.pins import NOTES, own_netns
+from otel_lb_hop.kernel.privileges import is_guarded, kernel_version
 from otel_lb_hop.kernel.ring import Ring
 
 if TYPE_CHECKING:
@@ -144,16 +143,17 @@ def bpf_folder() -> Path:
     raise KernelError(f"the BPF sources are not in {package / 'bpf'}: the installation is not complete")
 
 
-def _kernel_version() -> tuple[int, int]:
-    match = re.match(r"(\d+)\.(\d+)", platform.release())
-    return (int(match[1]), int(match[2])) if match else (0, 0)
+def _explain(error: str, output: str, *, guarded: bool = False) -> str:
+    """Say what a failed compile means for an operator; the child's own words stand behind it.
 
-
-def _explain(error: str, output: str) -> str:
-    """Say what a failed compile means for an operator; the child's own words stand behind it."""
+    `guarded`: the child had no CAP_PERFMON.
+    """
     last = output.strip().splitlines()[-1:] or [""]
-    if "Operation not permitted" in error + output or (os.geteuid() != 0 and "Failed to load" in error + output):
-        hint = "loading BPF programs was refused: run as root or with CAP_BPF and CAP_NET_ADMIN"
+    if "Operation not permitted" in error + output:
+        # Of the capabilities it was sure before.
+        hint = "loading BPF programs was refused: by a seccomp profile, a security module, or in a user namespace"
+    elif guarded and "Failed to load BPF program" in error:
+        hint = "CAP_PERFMON is missing, without it this kernel's verifier does not accept the programs"
     elif "bcc cannot be imported" in error:
         hint = "bcc is missing"
     elif "Function not implemented" in error + output:
@@ -199,8 +199,10 @@ class _Recipe(NamedTuple):
 
 def _recipe(sizes: Sizes, *, xdp: bool) -> _Recipe:
     defines = sizes.defines()
-    if _kernel_version() < (5, 12):
+    if kernel_version() < (5, 12):
         defines["LBH_NO_COMPARE_EXCHANGE"] = 1
+    if is_guarded():
+        defines["LBH_GUARDED"] = 1
     if xdp:
         defines["LBH_XDP"] = 1
     return _Recipe(PROGRAMS | XDP_PROGRAMS if xdp else PROGRAMS, defines)
@@ -233,7 +235,7 @@ def _ask_child(request: dict[str, Any], given: Mapping[str, int]) -> tuple[dict[
     if "error" in answer:
         for fd in fds:
             os.close(fd)
-        raise KernelError(_explain(answer["error"], output))
+        raise KernelError(_explain(answer["error"], output, guarded=is_guarded()))
     return answer, dict(zip([*answer["programs"], *answer["maps"]], fds, strict=True))
 
 

@@ -129,7 +129,7 @@ class Agent:
         """What it has logged so far."""
         return self._files["stderr"].read_text(encoding="utf-8")
 
-    def wait_ready(self, seconds: float = 15.0) -> Self:
+    def wait_ready(self, seconds: float = 60.0) -> Self:
         """Wait until /readyz says 200, and note which BPF programs it holds."""
 
         def ready() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -66,6 +67,7 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.delenv(name)
     monkeypatch.setattr(agent, "Agent", FakeAgent)
     monkeypatch.setattr(cli, "begin_loading", lambda sizes, *, xdp: begun.append((sizes, xdp)))
+    monkeypatch.setattr(cli, "least", contextlib.nullcontext)  # the tests after this one keep their rights
     monkeypatch.setattr(FakeAgent, "last", None)
     begun.clear()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
