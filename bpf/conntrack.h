@@ -178,27 +178,25 @@ static __always_inline int lbh_ct_find_tuple(struct __sk_buff *skb, struct lbh_c
 	return LBH_CT_UNREAD;
 }
 
+#define LBH_CT_ZONE_SIZE NLA_ALIGN(NLA_HDRLEN + sizeof(u16))
+
 struct lbh_ct_id {
 	struct nlattr is;
 	u32 id;
 };
 
-/* Goes on to the entry's id behind its tuples; 0 if it has none. */
-static __always_inline u32 lbh_ct_find_id(struct __sk_buff *skb, struct lbh_ct_message *message)
+/* The entry's id, which is the next behind its tuples but for a zone; 0 if it has none. */
+static __always_inline u32 lbh_ct_find_id(struct __sk_buff *skb, const struct lbh_ct_message *message)
 {
-	u32 i, offset = message->offset;
+	u32 offset = message->offset;
+	struct lbh_ct_id attribute;
 
-	LBH_LOOP
-	for (i = 0; i < LBH_CT_ATTRIBUTES; i++) {
-		struct lbh_ct_id attribute;
-
-		if (bpf_skb_load_bytes(skb, offset, &attribute, sizeof(attribute)) || attribute.is.nla_len < NLA_HDRLEN)
-			break;
-		if (!lbh_ct_wrong(&attribute.is, CTA_ID, sizeof(attribute.id)))
-			return attribute.id;
-		offset += NLA_ALIGN(attribute.is.nla_len);
-	}
-	return 0;
+	if (bpf_skb_load_bytes(skb, offset, &attribute, sizeof(attribute)))
+		return 0;
+	if ((attribute.is.nla_type & NLA_TYPE_MASK) == CTA_ZONE &&
+	    bpf_skb_load_bytes(skb, offset + LBH_CT_ZONE_SIZE, &attribute, sizeof(attribute)))
+		return 0;
+	return lbh_ct_wrong(&attribute.is, CTA_ID, sizeof(attribute.id)) ? 0 : attribute.id;
 }
 
 #endif

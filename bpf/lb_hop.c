@@ -186,6 +186,8 @@ static __always_inline u32 histogram_bucket(u64 ns)
 	for (i = 0; i < (LBH_BUCKETS - 1) / 3 - 1; i++) {
 		u64 above = (5 * bound - ns) >> 63;
 
+		/* Or the compiler makes masks of it, and the verifier looks at either case of each. */
+		asm volatile("" : "+r"(above));
 		bucket += 3 * above;
 		bound += 9 * bound * above;
 	}

@@ -39,8 +39,15 @@ _GET = 1 << 8 | 1
 """NFNL_SUBSYS_CTNETLINK and IPCTNL_MSG_CT_GET."""
 _NLM_F_REQUEST = 1
 _NLM_F_DUMP = 0x300
-_AS_NEWS = struct.pack("=H", 0x400 | 0x200 | 2)
+_NEW = 1 << 8
+"""NFNL_SUBSYS_CTNETLINK and IPCTNL_MSG_CT_NEW."""
+_AS_NEWS = 0x400 | 0x200 | 2
 """NLM_F_CREATE, NLM_F_EXCL, and NLM_F_MULTI."""
+_HEAD = 20
+"""Bytes of struct nlmsghdr and struct nfgenmsg."""
+_TYPE_MASK = 0x3FFF
+_NEWS = (1, 2, 12)
+"""CTA_TUPLE_ORIG, CTA_TUPLE_REPLY, CTA_ID: the program wants them in this order and nothing between."""
 _NLMSG_DONE = 3
 _LONGEST_ANSWER_OF_MANY = 1 << 16
 _ETHERNET_HEADER = 14
@@ -137,9 +144,23 @@ def list_entries(vip_ports: AbstractSet[bytes]) -> Iterator[bytes]:
                     raise OSError(-code, os.strerror(-code))
                 message = answer[place : place + size]
                 if _vip_key(message) in vip_ports:
-                    # As the news of a new entry is marked, and as one of many.
-                    yield bytes(_ETHERNET_HEADER) + message[:6] + _AS_NEWS + message[8:12] + bytes(4) + message[16:]
+                    yield bytes(_ETHERNET_HEADER) + _as_news(message)
                 place += size + 3 & ~3
+
+
+def _as_news(message: bytes) -> bytes:
+    """Write what an answer tells of an entry as its news would have told it, marked as one of many."""
+    found = {}
+    place = _HEAD
+    while place + 4 <= len(message):
+        size, kind = struct.unpack_from("=HH", message, place)
+        if size < 4:
+            break
+        found[kind & _TYPE_MASK] = message[place : place + size].ljust(size + 3 & ~3, b"\0")
+        place += size + 3 & ~3
+    attributes = b"".join(found.get(kind, b"") for kind in _NEWS)
+    head = struct.pack("=IHHII", _HEAD + len(attributes), _NEW, _AS_NEWS, 0, 0) + message[16:_HEAD]
+    return head + attributes
 
 
 def _vip_key(message: bytes) -> bytes | None:
