@@ -686,16 +686,16 @@ static __always_inline int watch(struct __sk_buff *skb, bool ethernet, bool ingr
 	if (lbh_is_dull(skb, ethernet, ingress))
 		return TC_ACT_UNSPEC;
 	parsed = lbh_parse(skb, ethernet, false, &packet);
-	if (parsed == LBH_OTHER)
+	flags = packet.flags & (LBH_TCP_SYN | LBH_TCP_ACK | LBH_TCP_RST | LBH_TCP_FIN);
+	/* What comes in and is no SYN is of no interest, whatever its lengths are: so lbh_is_dull has it too. */
+	if (parsed == LBH_OTHER || (ingress && flags && flags != LBH_TCP_SYN))
 		return TC_ACT_UNSPEC;
 	if (parsed != LBH_HANDSHAKE) {
 		count_event(LBH_TRUNCATED + parsed - LBH_PARSE_TRUNCATED);
 		return TC_ACT_UNSPEC;
 	}
-	flags = packet.flags & (LBH_TCP_SYN | LBH_TCP_ACK | LBH_TCP_RST | LBH_TCP_FIN);
 	if (ingress) {
-		if (flags == LBH_TCP_SYN)
-			syn_in(skb, &packet);
+		syn_in(skb, &packet);
 	} else if (flags == LBH_TCP_SYN) {
 		syn_out(skb, &packet);
 	} else if (flags == (LBH_TCP_SYN | LBH_TCP_ACK) || flags == (LBH_TCP_RST | LBH_TCP_ACK)) {
