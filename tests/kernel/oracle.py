@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from enum import Enum, auto
-from typing import NamedTuple
+from enum import Enum, IntEnum, auto
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from otel_lb_hop.core.layout import Event, OriginCode, Unforwarded, Verdict
 from otel_lb_hop.model import MAPPED_PREFIX
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 FIN, SYN, RST, PSH, ACK, URG, ECE, CWR = (1 << bit for bit in range(8))
 
@@ -240,11 +243,29 @@ def _datagram(reader: _Reader, protocol: int, source: bytes, destination: bytes)
     return Datagram(protocol, whole, source, ports[0], destination, ports[1])
 
 
-class _State(Enum):
-    SEEN = auto()
-    FORWARDED = auto()
-    UNANSWERED = auto()
-    SETTLED = auto()
+class _State(IntEnum):
+    """`enum lbh_state`, as far as a handshake has one between two packets."""
+
+    SEEN = 2
+    FORWARDED = 3
+    UNANSWERED = 4
+    SETTLED = 5
+
+
+class Entry(NamedTuple):
+    """What the handshake table holds of a connection; `translated` is SNAT source and backend."""
+
+    isn: int
+    state: int
+    client: tuple[bytes, int]
+    vip: tuple[bytes, int]
+    vip_id: int
+    hop_id: int
+    interface: int
+    retransmits: int
+    origin: int
+    unforwarded: int
+    translated: tuple[bytes, int, bytes, int] | None
 
 
 @dataclass
@@ -257,7 +278,7 @@ class _Handshake:
     interface: int
     last_ns: int
     state: _State = _State.SEEN
-    translated: bool = False
+    translated: tuple[bytes, int, bytes, int] | None = None
     retransmits: int = 0
 
 
@@ -318,6 +339,34 @@ class Model:
         elif flags in {SYN | ACK, RST | ACK}:
             self._answered(packet, refused=bool(flags & RST))
 
+    def counts(self) -> Counter[object]:
+        """Tell what was counted so far, under the names that `rig.counts_of` gives it."""
+        counts: Counter[object] = Counter(self.events)
+        rows: dict[str, Mapping[Any, int]] = {
+            "connections": self.connections,
+            "unforwarded": self.unforwarded,
+            "retransmits": self.retransmits,
+            "forwarded": self.forwarded,
+            "verdict": self.verdicts,
+            "evicted": self.evicted,
+            "forward duration": self.measured_forward,
+        }
+        for name, row in rows.items():
+            counts.update({(name, key): number for key, number in row.items()})
+        answers = {key[0]: number for key, number in self.verdicts.items() if key[1] is Verdict.ANSWERED}
+        counts.update({("handshake duration", key): number for key, number in answers.items()})
+        return counts
+
+    def entries(self) -> Counter[Entry]:
+        """Tell what the handshake table has to hold."""
+        return Counter(
+            Entry(
+                key[0], each.state, key[1:3], each.vip, each.vip_id, each.hop_id, each.interface, each.retransmits,
+                each.origin, each.unforwarded, each.translated,
+            )
+            for key, each in self._handshakes.items()
+        )  # fmt: skip
+
     def age(self, ns: int) -> None:
         """Let every handshake be so much older."""
         for each in self._handshakes.values():
@@ -356,7 +405,7 @@ class Model:
         if not waiting:
             return
         youngest = waiting[-1]  # a dict keeps the order of insertion
-        youngest.state, youngest.translated = _State.FORWARDED, True
+        youngest.state, youngest.translated = _State.FORWARDED, (packet.source, packet.source_port, *target)
         youngest.hop_id = self.backends.get((youngest.vip_id, *target), youngest.vip_id)
         self.forwarded[youngest.hop_id, youngest.origin] += 1
         self.measured_forward[youngest.hop_id] += 1
@@ -383,3 +432,33 @@ class Model:
     def _never_forwarded(self, isn: int, known: _Handshake) -> None:
         self.unforwarded[known.vip_id, known.origin, known.unforwarded] += 1
         self.told.append((isn, Verdict(Verdict.DROPPED + known.unforwarded), known.retransmits))
+
+
+@dataclass
+class DatagramModel:
+    """Counts datagrams: VIP ports as (transport, address, port) → (id, reason)."""
+
+    vips: dict[tuple[int, bytes, int], tuple[int, Unforwarded]]
+    uplinks: frozenset[int]
+    flows: set[Datagram] = field(default_factory=set)
+    counts: Counter[object] = field(default_factory=Counter)
+
+    def incoming(self, packet: Told, interface: int) -> None:
+        """Take a packet that comes in by an interface. Of what is no datagram, lbh_ingress counts the faults."""
+        if not isinstance(packet, Datagram):
+            return
+        if not packet.whole:
+            self.counts[Event.TRUNCATED] += 1
+            return
+        vip = self.vips.get((packet.transport, packet.destination, packet.destination_port))
+        if vip is None or packet in self.flows:
+            return
+        vip_id, reason = vip
+        origin = OriginCode.EXTERNAL if interface in self.uplinks else OriginCode.INTERNAL
+        if reason is Unforwarded.DROPPED or (
+            origin is OriginCode.INTERNAL and reason is Unforwarded.NO_LOCAL_ENDPOINTS
+        ):
+            return
+        self.flows.add(packet)
+        self.counts["connections", (vip_id, origin)] += 1
+        self.counts["unforwarded", (vip_id, origin, reason)] += 1

@@ -24,15 +24,24 @@ def next_isn() -> int:
     return next(_isns) & 0xFFFFFFFF
 
 
-def tcp(source_port: int, destination_port: int, sequence: int, acknowledgment: int = 0, flags: int = SYN) -> bytes:
-    """Build a TCP header (RFC 9293) without options."""
+def tcp(
+    source_port: int,
+    destination_port: int,
+    sequence: int,
+    acknowledgment: int = 0,
+    flags: int = SYN,
+    *,
+    options: bytes = b"",
+) -> bytes:
+    """Build a TCP header (RFC 9293); options are whole words."""
     ports = source_port << 16 | destination_port
     return (
         ports.to_bytes(4, "big")
         + sequence.to_bytes(4, "big")
         + acknowledgment.to_bytes(4, "big")
-        + bytes([0x50, flags])
-        + bytes.fromhex("faf000000000")
+        + bytes([0x50 + 4 * len(options), flags])
+        + b"\xfa\xf0\0\0\0\0"
+        + options
     )
 
 
