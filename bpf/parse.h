@@ -36,6 +36,7 @@ struct lbh_packet {
 	u16 destination_port;
 	u32 sequence;	    /* host order */
 	u32 acknowledgment; /* host order */
+	u16 data_length;    /* of a handshake: what a SYN carries with it (Fast Open) */
 	u8 flags;
 	u8 transport; /* of a datagram */
 };
@@ -104,6 +105,8 @@ static __always_inline int lbh_parse_tcp(struct __sk_buff *skb, const struct lbh
 	packet->acknowledgment = bpf_ntohl(tcp->ack_seq);
 	if (tcp->doff < 5 || !lbh_holds(skb, extent, offset, extent->continued ? sizeof(*tcp) : tcp->doff * 4))
 		return LBH_PARSE_TRUNCATED;
+	if (!extent->continued)
+		packet->data_length = extent->end - offset - tcp->doff * 4;
 	return LBH_HANDSHAKE;
 }
 

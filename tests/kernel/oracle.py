@@ -63,6 +63,8 @@ class Segment(NamedTuple):
     acknowledgment: int
     flags: int
     whole: bool = True
+    data: int = 0
+    """Bytes behind the header; 0 in a fragment."""
 
 
 class Datagram(NamedTuple):
@@ -226,7 +228,8 @@ def _tcp(reader: _Reader, source: bytes, destination: bytes) -> Kind | Segment:
     size = (header[12] >> 4) * 4
     whole = size >= 20 and reader.holds(20 if reader.continued else size)
     numbers = [int.from_bytes(header[start:end], "big") for start, end in ((0, 2), (2, 4), (4, 8), (8, 12))]
-    return Segment(source, numbers[0], destination, numbers[1], numbers[2], numbers[3], flags, whole)
+    data = 0 if reader.continued else reader.end - reader.offset - size
+    return Segment(source, numbers[0], destination, numbers[1], numbers[2], numbers[3], flags, whole, data)
 
 
 def _datagram(reader: _Reader, protocol: int, source: bytes, destination: bytes) -> Kind | Datagram:
@@ -304,6 +307,8 @@ class Model:
     told: list[tuple[int, Verdict, int]] = field(default_factory=list)
     """ISN, verdict and retransmits of every record, in order."""
     _handshakes: dict[_Tuple, _Handshake] = field(default_factory=dict)
+    _early: dict[tuple[int, int, int], int] = field(default_factory=dict)
+    """SYNs with data: the sequence number of their last byte, client's port, VIP port → ISN."""
 
     def incoming(self, packet: Told, interface: int, now_ns: int) -> None:
         """Take a packet that comes in by an interface."""
@@ -315,6 +320,8 @@ class Model:
             return
         vip_id, reason = self.vips[vip]
         key = (packet.sequence, packet.source, packet.source_port, *vip)
+        if packet.data:
+            self._early[packet.sequence + packet.data & 0xFFFFFFFF, packet.source_port, vip[1]] = packet.sequence
         known = self._handshakes.get(key)
         if known is None:
             origin = OriginCode.EXTERNAL if interface in self.uplinks else OriginCode.INTERNAL
@@ -412,8 +419,10 @@ class Model:
 
     def _answered(self, packet: Segment, *, refused: bool) -> None:
         isn = packet.acknowledgment - 1 & 0xFFFFFFFF
-        key = isn, packet.destination, packet.destination_port, packet.source, packet.source_port
-        known = self._handshakes.get(key)
+        ends = packet.destination, packet.destination_port, packet.source, packet.source_port
+        # RFC 7413, 4.2, and RFC 9293, 3.10.7.1: with the SYN its data are acknowledged.
+        isn = self._early.get((isn, packet.destination_port, packet.source_port), isn)
+        known = self._handshakes.get((isn, *ends))
         if known is None or known.state is _State.SETTLED:
             return
         if known.state is _State.UNANSWERED:

@@ -63,6 +63,29 @@ def ipv4(
     )
 
 
+def checksum(data: bytes) -> bytes:
+    """Compute the checksum of the Internet (RFC 1071) over data whose checksum field is zero."""
+    total = sum(int.from_bytes(data[at : at + 2].ljust(2, b"\0"), "big") for at in range(0, len(data), 2))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return (total ^ 0xFFFF).to_bytes(2, "big")
+
+
+def with_checksums(packet: bytes, header: int, end: int) -> bytes:
+    """Fill in the checksums of an IP packet whose TCP segment lies from `header` to `end`."""
+    made = bytearray(packet)
+    is_four = packet[0] >> 4 == 4
+    if is_four:
+        size = (packet[0] & 15) * 4
+        made[10:12] = b"\0\0"
+        made[10:12] = checksum(bytes(made[:size]))
+    made[header + 16 : header + 18] = b"\0\0"
+    addresses = bytes(made[12:20] if is_four else made[8:40])
+    pseudo = addresses + TCP.to_bytes(2, "big") + (end - header).to_bytes(2, "big")
+    made[header + 16 : header + 18] = checksum(pseudo + bytes(made[header:end]))
+    return bytes(made)
+
+
 class Extension(NamedTuple):
     """An IPv6 extension header: its protocol number, its length field, for a fragment header offset and flags."""
 

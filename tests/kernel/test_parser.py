@@ -245,7 +245,7 @@ def patched(packet: bytes, *changes: tuple[int, bytes]) -> bytes:
     return bytes(made)
 
 
-FIRST, LONG = FRAG._replace(offset_flags=1), HOP._replace(length=1)
+FIRST, LONG = FRAG._replace(offset_flags=1), DEST._replace(length=1)
 CLAIMS: dict[str, tuple[Callable[[], bytes], bool]] = {
     # The frame ends before the packet does (ip_rcv_core, ip6_rcv_core).
     "v4-longer-than-the-frame": (lambda: patched(syn4(), (2, b"\0\x29")), False),

@@ -176,7 +176,7 @@ class Referee:
         seen, self._seen = counts - self._seen, counts
         self.effects |= expected.keys()
         differing = {name: (seen[name], expected[name]) for name in seen | expected if seen[name] != expected[name]}
-        has, wants = self._take_entries(), model.entries()
+        has, wants = take_entries(self.rig), model.entries()
         flows = self._take_flows()
         if not (differing or error or has != wants or flows != datagrams.flows):
             return None
@@ -209,20 +209,6 @@ class Referee:
             size //= 2
         return found
 
-    def _take_entries(self) -> Counter[Entry]:
-        entries: Counter[Entry] = Counter()
-        for key, tags in list(self.rig.tags.items()):
-            if tags == EMPTY:
-                continue
-            bucket = int.from_bytes(key, sys.byteorder)
-            for way, tag in enumerate(struct.unpack(f"={WAYS}Q", tags)):
-                if tag:
-                    raw = self.rig.handshakes.get(struct.pack("=I", bucket * WAYS + way))
-                    assert raw is not None
-                    entries[entry_of(tag, raw)] += 1
-            self.rig.tags.put(key, b"")
-        return entries
-
     def _take_flows(self) -> set[Datagram]:
         flows = set()
         for key in list(self.rig.flows.keys()):
@@ -230,6 +216,22 @@ class Referee:
             flows.add(Datagram(transport, True, client, unpack_port(client_port), vip, unpack_port(vip_port)))  # noqa: FBT003
             self.rig.flows.delete(key)
         return flows
+
+
+def take_entries(rig: Rig) -> Counter[Entry]:
+    """Read the handshake table, and empty it."""
+    entries: Counter[Entry] = Counter()
+    for key, tags in list(rig.tags.items()):
+        if tags == EMPTY:
+            continue
+        bucket = int.from_bytes(key, sys.byteorder)
+        for way, tag in enumerate(struct.unpack(f"={WAYS}Q", tags)):
+            if tag:
+                raw = rig.handshakes.get(struct.pack("=I", bucket * WAYS + way))
+                assert raw is not None
+                entries[entry_of(tag, raw)] += 1
+        rig.tags.put(key, b"")
+    return entries
 
 
 def entry_of(tag: int, raw: bytes) -> Entry:
