@@ -144,11 +144,20 @@ class Wire(NamedTuple):
 
     is_ethernet: bool = True
 
-    def segment(self, source: End, destination: End, sequence: int, acknowledgment: int = 0, flags: int = SYN) -> bytes:
-        """Build a packet with a TCP header and nothing else in it."""
+    def segment(
+        self,
+        source: End,
+        destination: End,
+        sequence: int,
+        acknowledgment: int = 0,
+        flags: int = SYN,
+        *,
+        data: bytes = b"",
+    ) -> bytes:
+        """Build a packet with a TCP header without options."""
         header = tcp(source.port, destination.port, sequence, acknowledgment, flags)
         build = ipv4 if is_ipv4(source.address) else ipv6
-        packet = build(source.address, destination.address, header)
+        packet = build(source.address, destination.address, header + data)
         return ethernet(packet) if self.is_ethernet else packet
 
 
@@ -162,9 +171,9 @@ class Flow(NamedTuple):
     isn: int
     wire: Wire = Wire()
 
-    def syn(self, flags: int = SYN) -> bytes:
+    def syn(self, flags: int = SYN, *, data: bytes = b"") -> bytes:
         """Client to VIP."""
-        return self.wire.segment(self.client, self.vip, self.isn, flags=flags)
+        return self.wire.segment(self.client, self.vip, self.isn, flags=flags, data=data)
 
     def translated(self, flags: int = SYN) -> bytes:
         """SNAT source to backend."""

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from otel_lb_hop.core.layout import Event
-from tests.kernel.fuzz.grammar import VIPS
-from tests.kernel.fuzz.referee import Fuzzer, Referee, classes_to_meet, explain, referee
+from otel_lb_hop.model import is_ipv4, pack_address
+from tests.kernel.fuzz.grammar import VIPS, Grammar
+from tests.kernel.fuzz.referee import Fuzzer, Referee, classes_to_meet, explain, referee, told_of
+from tests.kernel.oracle import Segment
 from tests.kernel.requirements import needs_kernel
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.root, needs_kernel]
 
 INPUTS = 110_000
+COMPARED = 1_500
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +78,38 @@ def test_a_difference_is_found_and_shrunk(judge: Referee, monkeypatch: pytest.Mo
     (entry,) = shortest.entries[0]
     assert entry.vip == unknown
     assert left.last.packet.hex() in explain(shortest)
+
+
+def test_a_second_opinion_of_the_oracle(judge: Referee) -> None:
+    """Another library, with its own ideas of headers, reads the same in what the oracle takes for a handshake."""
+    import warnings  # noqa: PLC0415
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from scapy.layers import inet, inet6, ipsec, l2  # noqa: F401, PLC0415
+        from scapy.packet import Padding  # noqa: PLC0415
+
+    grammar = Grammar(random.Random("second opinion"), judge.rig)
+    compared = without = 0
+    while compared < COMPARED:
+        step = grammar.input().last
+        if step.program.startswith("lbh_datagram"):
+            continue
+        told = told_of(step)
+        if not (isinstance(told, Segment) and told.whole):
+            continue
+        outermost = l2.Ether if not step.program.endswith("_l3") else inet.IP if is_ipv4(told.source) else inet6.IPv6
+        packet = outermost(step.packet)
+        network = packet[inet.IP if is_ipv4(told.source) else inet6.IPv6]
+        segment = packet.getlayer(inet.TCP)
+        # Of a routing header it takes only whole addresses, though its length may be another (RFC 8200, 4.4).
+        if segment is None or inet6.IPv6ExtHdrRouting in packet:
+            without += 1
+            continue
+        assert (pack_address(network.src), segment.sport) == (told.source, told.source_port), step.packet.hex()
+        assert (pack_address(network.dst), segment.dport) == (told.destination, told.destination_port)
+        assert (segment.seq, segment.ack, int(segment.flags) & 255) == (told.sequence, told.acknowledgment, told.flags)
+        padding = len(packet[Padding]) if Padding in packet else 0
+        assert not told.data or len(segment.payload) - padding == told.data, step.packet.hex()
+        compared += 1
+    assert without < COMPARED // 4

@@ -43,14 +43,16 @@ class Word(NamedTuple):
 
 
 def work(number: int, count: int, seed: str, words: Queue[Word]) -> None:
-    """Compare so many inputs on a CPU of its own."""
+    """Compare so many inputs on a CPU of its own, as long as the parent is there."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = os.getppid()
     cpus = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cpus[number % len(cpus)]})
     try:
         with referee() as judge:
             fuzzer = Fuzzer(judge, seed)
-            while count > 0:
+            while count > 0 and os.getppid() == parent:
                 found = fuzzer.run(min(count, PORTION))
                 count -= PORTION
                 words.put(Word(fuzzer.classes.copy(), difference=explain(judge.shrink(found)) if found else ""))
@@ -125,6 +127,8 @@ def main() -> int:
     if reason := lacking():
         print(f"fuzz: {reason}", file=sys.stderr)
         return EXIT_UNABLE
+    # As after Ctrl-C, the workers end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_INTERRUPTED))
     return fuzz(arguments.inputs, arguments.seed)
 
 

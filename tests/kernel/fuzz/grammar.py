@@ -139,10 +139,11 @@ class Grammar:
         flow = self._flow()
         is_ethernet = self._random() < 0.7
         suffix = "" if is_ethernet else "_l3"
-        syn = Step("lbh_ingress", flow.syn(), self._interface())
+        early = self._pick(PAYLOADS) if self._random() < 0.2 else b""  # Fast Open
+        syn = Step("lbh_ingress", flow.syn(data=early), self._interface())
         translated = Step("lbh_egress", flow.translated(), self._pod)
         before: tuple[Step, ...] = ()
-        acknowledgment = flow.isn + 1 & 0xFFFFFFFF
+        acknowledgment = flow.isn + 1 + (len(early) if self._random() < 0.8 else 0) & 0xFFFFFFFF
         kind = self._random()
         if kind < 0.5:
             name = "lbh_ingress"
