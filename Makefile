@@ -26,6 +26,10 @@ test: check ## everything this machine can test; skips are listed with their rea
 	@$(PYTHON) -m tests.peers.build otelcol kubernetes || echo "the tests with what was not built will be skipped"
 	$(PYTHON) -m pytest -n 2
 
+.PHONY: fuzz
+fuzz: setup ## random packets by the million, kernel against oracle: make fuzz N=10000000 SEED=1
+	$(PYTHON) -m tests.kernel.fuzz $(or $(N),10000000) $(SEED)
+
 .PHONY: demo
 demo: setup ## real traffic through two VIPs, an agent on each node, and what it tells
 	$(PYTHON) -m tests.demo

@@ -17,6 +17,9 @@
 #include "conntrack.h"
 #include "parse.h"
 
+/* SYNs with data (Fast Open) that are kept for their answer, which comes within a round trip. */
+#define LBH_EARLY_DATA 4096
+
 /* Key: a destination. Value: its VIP port. Filled by the agent from the topology, as are the next three. */
 BPF_F_TABLE("hash", struct lbh_vip_key, struct lbh_vip, vip_ports, LBH_MAX_VIP_PORTS, BPF_F_NO_PREALLOC);
 /* Key: VIP port and translated destination. Value: the row of hop_stats to count it in. */
@@ -29,6 +32,8 @@ BPF_F_TABLE("lpm_trie", struct lbh_prefix, u32, places, LBH_MAX_PLACES, BPF_F_NO
 /* Key: a flow that found no endpoint. Value: when a packet of it last came in. */
 BPF_TABLE("lru_hash", struct lbh_flow, u64, datagram_flows, LBH_MAX_DATAGRAM_FLOWS);
 BPF_TABLE("lru_hash", struct lbh_flow, struct lbh_told, told_flows, LBH_MAX_TOLD_FLOWS);
+/* Key: the acknowledgment (less one) and ports that answer a SYN together with its data. Value: the SYN's ISN. */
+BPF_TABLE("lru_hash", u64, u32, early_data, LBH_EARLY_DATA);
 /* One value. */
 BPF_ARRAY(uplinks, struct lbh_uplinks, 1);
 BPF_ARRAY(settings, struct lbh_settings, 1);
@@ -156,6 +161,14 @@ static __always_inline bool maybe_recent(u32 isn, u64 now, u16 ticks)
 	u16 *cell = recent_cell(isn);
 
 	return cell && (u16)((u16)(now >> LBH_TICK_SHIFT) - *cell) <= ticks;
+}
+
+static __always_inline void note_recent(u32 isn, u64 now)
+{
+	u16 *cell = recent_cell(isn);
+
+	if (cell)
+		*cell = now >> LBH_TICK_SHIFT;
 }
 
 /* Finds the bucket of an ISN; false only if the map is missing. */
@@ -525,6 +538,21 @@ static __always_inline u8 reason_of(const struct lbh_vip *vip, u32 origin)
 	return vip->unforwarded;
 }
 
+static __always_inline u64 early_data_key(u32 acknowledged, u16 client_port, u16 vip_port)
+{
+	return (u64)acknowledged << 32 | (u32)client_port << 16 | vip_port;
+}
+
+/* A SYN with data will be answered under another number than its ISN. */
+static __always_inline void note_early_data(const struct lbh_packet *packet, u64 now)
+{
+	u32 isn = packet->sequence, acknowledged = isn + packet->data_length;
+	u64 key = early_data_key(acknowledged, packet->source_port, packet->destination_port);
+
+	early_data.update(&key, &isn);
+	note_recent(acknowledged, now);
+}
+
 /* A SYN came in to a VIP port: a new connection, the same packet one device further, or a retransmission. */
 static __always_inline void syn_in(struct lbh_context context, const struct lbh_packet *packet)
 {
@@ -535,7 +563,6 @@ static __always_inline void syn_in(struct lbh_context context, const struct lbh_
 	struct lbh_vip_stats *stats;
 	struct lbh_handshake *slot;
 	u32 vip_id, origin, ifindex = lbh_ifindex(context);
-	u16 *cell;
 	u64 now;
 
 	if (!vip)
@@ -547,9 +574,9 @@ static __always_inline void syn_in(struct lbh_context context, const struct lbh_
 		return;
 	}
 	now = bpf_ktime_get_ns();
-	cell = recent_cell(packet->sequence);
-	if (cell)
-		*cell = now >> LBH_TICK_SHIFT;
+	note_recent(packet->sequence, now);
+	if (packet->data_length)
+		note_early_data(packet, now);
 	if (find_handshake(&match, packet->sequence, &packet->source, packet->source_port, &packet->destination,
 			   packet->destination_port, now)) {
 		u64 gap_ns = now - match.slot->last_syn_ns;
@@ -634,6 +661,18 @@ static __always_inline void syn_out(const struct lbh_packet *packet)
 	}
 }
 
+/*
+ * The ISN of the SYN that a SYN-ACK or RST answers. It acknowledges with it what data the SYN had, if they were taken
+ * (RFC 7413, 4.2) or the connection is refused (RFC 9293, 3.10.7.1).
+ */
+static __always_inline u32 answered_isn(const struct lbh_packet *packet, u32 acknowledged)
+{
+	u64 key = early_data_key(acknowledged, packet->destination_port, packet->source_port);
+	u32 *isn = early_data.lookup(&key);
+
+	return isn ? *isn : acknowledged;
+}
+
 /* A SYN-ACK or RST leaves from a VIP port: the end of the handshake that its acknowledgment number names. */
 static __always_inline void answer_out(const struct lbh_packet *packet)
 {
@@ -646,7 +685,10 @@ static __always_inline void answer_out(const struct lbh_packet *packet)
 
 	/* Not by a look at vip_ports: a handshake outlives the VIP port that is deleted meanwhile. */
 	now = bpf_ktime_get_ns();
-	if (!maybe_recent(isn, now, LBH_ANSWER_TICKS) || !find_bucket(&match, isn))
+	if (!maybe_recent(isn, now, LBH_ANSWER_TICKS))
+		return;
+	isn = answered_isn(packet, isn);
+	if (!find_bucket(&match, isn))
 		return;
 	if (!find_handshake(&match, isn, &packet->destination, packet->destination_port, &packet->source,
 			    packet->source_port, now))
@@ -721,16 +763,16 @@ static __always_inline int watch(struct lbh_context context, bool ethernet, bool
 	if (lbh_is_dull(context, ethernet, ingress))
 		return TC_ACT_UNSPEC;
 	parsed = lbh_parse(context, ethernet, false, &packet);
-	if (parsed == LBH_OTHER)
+	flags = packet.flags & (LBH_TCP_SYN | LBH_TCP_ACK | LBH_TCP_RST | LBH_TCP_FIN);
+	/* What comes in and is no SYN is of no interest, whatever its lengths are: so lbh_is_dull has it too. */
+	if (parsed == LBH_OTHER || (ingress && flags && flags != LBH_TCP_SYN))
 		return TC_ACT_UNSPEC;
 	if (parsed != LBH_HANDSHAKE) {
 		count_event(LBH_TRUNCATED + parsed - LBH_PARSE_TRUNCATED);
 		return TC_ACT_UNSPEC;
 	}
-	flags = packet.flags & (LBH_TCP_SYN | LBH_TCP_ACK | LBH_TCP_RST | LBH_TCP_FIN);
 	if (ingress) {
-		if (flags == LBH_TCP_SYN)
-			syn_in(context, &packet);
+		syn_in(context, &packet);
 	} else if (flags == LBH_TCP_SYN) {
 		syn_out(&packet);
 	} else if (flags == (LBH_TCP_SYN | LBH_TCP_ACK) || flags == (LBH_TCP_RST | LBH_TCP_ACK)) {

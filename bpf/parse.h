@@ -23,6 +23,12 @@
 /* The verifier wants a bound on what is added to a packet pointer; no header chain of a SYN comes near it. */
 #define LBH_MAX_OFFSET 4096
 
+/* What the IP header says of the packet's size, which the stack goes by (ip_rcv_core, ip6_rcv_core). */
+struct lbh_extent {
+	u32 end;	/* where the packet ends, as an offset; what follows in the frame is padding */
+	bool continued; /* its transport goes on in a later fragment */
+};
+
 struct lbh_packet {
 	struct lbh_address source;
 	struct lbh_address destination;
@@ -30,6 +36,7 @@ struct lbh_packet {
 	u16 destination_port;
 	u32 sequence;	    /* host order */
 	u32 acknowledgment; /* host order */
+	u16 data_length;    /* of a handshake: what a SYN carries with it (Fast Open) */
 	u8 flags;
 	u8 transport; /* of a datagram */
 };
@@ -37,6 +44,7 @@ struct lbh_packet {
 /* RFC 9260, 3.1 and 3.2: the common header, and the first byte of the first chunk behind it. */
 #define LBH_SCTP_CHUNK_OFFSET 12
 #define LBH_SCTP_INIT 1
+#define LBH_SCTP_INIT_SIZE 20
 
 enum lbh_parsed {
 	LBH_HANDSHAKE, /* TCP with SYN or RST, or a datagram: the packet is filled in */
@@ -124,7 +132,30 @@ static __always_inline void *lbh_header(struct lbh_context context, u32 offset, 
 	return bpf_skb_load_bytes(context.given, offset, buffer, size) ? NULL : buffer;
 }
 
-static __always_inline int lbh_parse_tcp(struct lbh_context context, u32 offset, struct lbh_packet *packet)
+/* How long the whole packet is. */
+static __always_inline u32 lbh_length(struct lbh_context context)
+{
+	if (!context.xdp)
+		return ((struct __sk_buff *)context.given)->len;
+#ifdef LBH_GUARDED
+	return bpf_xdp_get_buff_len(context.given);
+#else
+	return lbh_data_end(context) - lbh_data(context);
+#endif
+}
+
+/* Whether a header lies wholly in the packet, by what is there and by what the packet says of its size. */
+static __always_inline bool lbh_holds(struct lbh_context context, const struct lbh_extent *extent, u32 offset, u32 size)
+{
+	return extent->end <= lbh_length(context) && offset + size <= extent->end;
+}
+
+/*
+ * A handshake counts only if conntrack would take it for one (tcp_error), and NAT with it: what it would not is
+ * truncated. Options may go on in a later fragment. Looked at for handshakes only: nothing else pays for it.
+ */
+static __always_inline int lbh_parse_tcp(struct lbh_context context, const struct lbh_extent *extent, u32 offset,
+					 struct lbh_packet *packet)
 {
 	struct tcphdr buffer, *tcp = lbh_header(context, offset, &buffer, sizeof(buffer));
 
@@ -137,11 +168,15 @@ static __always_inline int lbh_parse_tcp(struct lbh_context context, u32 offset,
 	packet->destination_port = tcp->dest;
 	packet->sequence = bpf_ntohl(tcp->seq);
 	packet->acknowledgment = bpf_ntohl(tcp->ack_seq);
+	if (tcp->doff < 5 || !lbh_holds(context, extent, offset, extent->continued ? sizeof(*tcp) : tcp->doff * 4))
+		return LBH_PARSE_TRUNCATED;
+	if (!extent->continued)
+		packet->data_length = extent->end - offset - tcp->doff * 4;
 	return LBH_HANDSHAKE;
 }
 
-static __always_inline int lbh_parse_datagram(struct lbh_context context, u32 offset, u8 protocol,
-					      struct lbh_packet *packet)
+static __always_inline int lbh_parse_datagram(struct lbh_context context, const struct lbh_extent *extent, u32 offset,
+					      u8 protocol, struct lbh_packet *packet)
 {
 	struct udphdr buffer, *udp = lbh_header(context, offset, &buffer, sizeof(buffer));
 	u8 copy, *chunk;
@@ -152,12 +187,23 @@ static __always_inline int lbh_parse_datagram(struct lbh_context context, u32 of
 	/* SCTP begins with its ports as UDP does. */
 	packet->source_port = udp->source;
 	packet->destination_port = udp->dest;
-	if (protocol != IPPROTO_SCTP)
+	if (protocol != IPPROTO_SCTP) {
+		u32 length = bpf_ntohs(udp->len);
+
+		/* As udp_error does. */
+		if (length < sizeof(*udp) ||
+		    !lbh_holds(context, extent, offset, extent->continued ? sizeof(*udp) : length))
+			return LBH_PARSE_TRUNCATED;
 		return LBH_HANDSHAKE;
+	}
 	chunk = lbh_header(context, offset + LBH_SCTP_CHUNK_OFFSET, &copy, sizeof(copy));
 	if (!chunk)
 		return LBH_PARSE_TRUNCATED;
-	return *chunk == LBH_SCTP_INIT ? LBH_HANDSHAKE : LBH_OTHER;
+	if (*chunk != LBH_SCTP_INIT)
+		return LBH_OTHER;
+	if (!lbh_holds(context, extent, offset, LBH_SCTP_CHUNK_OFFSET + LBH_SCTP_INIT_SIZE))
+		return LBH_PARSE_TRUNCATED;
+	return LBH_HANDSHAKE;
 }
 
 static __always_inline bool lbh_wants(bool datagrams, u8 protocol)
@@ -165,17 +211,19 @@ static __always_inline bool lbh_wants(bool datagrams, u8 protocol)
 	return datagrams ? protocol == IPPROTO_UDP || protocol == IPPROTO_SCTP : protocol == IPPROTO_TCP;
 }
 
-static __always_inline int lbh_parse_transport(struct lbh_context context, bool datagrams, u32 offset, u8 protocol,
+static __always_inline int lbh_parse_transport(struct lbh_context context, bool datagrams,
+					       const struct lbh_extent *extent, u32 offset, u8 protocol,
 					       struct lbh_packet *packet)
 {
-	return datagrams ? lbh_parse_datagram(context, offset, protocol, packet)
-			 : lbh_parse_tcp(context, offset, packet);
+	return datagrams ? lbh_parse_datagram(context, extent, offset, protocol, packet)
+			 : lbh_parse_tcp(context, extent, offset, packet);
 }
 
 static __always_inline int lbh_parse_ipv4(struct lbh_context context, bool datagrams, u32 offset,
 					  struct lbh_packet *packet)
 {
 	struct iphdr buffer, *ip = lbh_header(context, offset, &buffer, sizeof(buffer));
+	struct lbh_extent extent;
 	int parsed;
 
 	if (!ip)
@@ -184,7 +232,9 @@ static __always_inline int lbh_parse_ipv4(struct lbh_context context, bool datag
 		return LBH_OTHER;
 	if (ip->frag_off & bpf_htons(0x1fff))
 		return LBH_PARSE_FRAGMENT;
-	parsed = lbh_parse_transport(context, datagrams, offset + ip->ihl * 4, ip->protocol, packet);
+	extent.end = offset + bpf_ntohs(ip->tot_len);
+	extent.continued = ip->frag_off & bpf_htons(0x2000);
+	parsed = lbh_parse_transport(context, datagrams, &extent, offset + ip->ihl * 4, ip->protocol, packet);
 	if (parsed != LBH_HANDSHAKE)
 		return parsed;
 	packet->source.words[0] = packet->source.words[1] = 0;
@@ -200,6 +250,7 @@ static __always_inline int lbh_parse_ipv6(struct lbh_context context, bool datag
 					  struct lbh_packet *packet)
 {
 	struct ipv6hdr buffer, *ip = lbh_header(context, offset, &buffer, sizeof(buffer));
+	struct lbh_extent extent;
 	u8 next;
 	int i;
 
@@ -211,6 +262,10 @@ static __always_inline int lbh_parse_ipv6(struct lbh_context context, bool datag
 	packet->destination = *(struct lbh_address *)&ip->daddr;
 	next = ip->nexthdr;
 	offset += sizeof(*ip);
+	/* A length of zero before options may be a jumbogram (RFC 2675): all that is there. */
+	extent.end =
+		ip->payload_len || next != IPPROTO_HOPOPTS ? offset + bpf_ntohs(ip->payload_len) : lbh_length(context);
+	extent.continued = false;
 #pragma unroll
 	for (i = 0; i <= LBH_EXTENSION_HEADERS; i++) {
 		struct lbh_extension copy, *extension;
@@ -221,7 +276,7 @@ static __always_inline int lbh_parse_ipv6(struct lbh_context context, bool datag
 		if (offset > LBH_MAX_OFFSET)
 			return LBH_PARSE_EXTENSION;
 		if (lbh_wants(datagrams, next))
-			return lbh_parse_transport(context, datagrams, offset, next, packet);
+			return lbh_parse_transport(context, datagrams, &extent, offset, next, packet);
 		if (i == LBH_EXTENSION_HEADERS)
 			return LBH_PARSE_EXTENSION;
 		extension = lbh_header(context, offset, &copy, sizeof(copy));
@@ -230,6 +285,7 @@ static __always_inline int lbh_parse_ipv6(struct lbh_context context, bool datag
 		if (next == IPPROTO_FRAGMENT) {
 			if (extension->offset_flags & bpf_htons(0xfff8))
 				return lbh_wants(datagrams, extension->next) ? LBH_PARSE_FRAGMENT : LBH_OTHER;
+			extent.continued |= (extension->offset_flags & bpf_htons(1)) != 0;
 			offset += 8;
 		} else if (next == IPPROTO_AH) {
 			offset += (extension->length + 2) * 4; /* RFC 4302, 2.2 */

@@ -43,6 +43,8 @@ _NEW = 1 << 8
 """NFNL_SUBSYS_CTNETLINK and IPCTNL_MSG_CT_NEW."""
 _AS_NEWS = 0x400 | 0x200 | 2
 """NLM_F_CREATE, NLM_F_EXCL, and NLM_F_MULTI."""
+_ATTRIBUTE = struct.Struct("=HH")
+"""struct nlattr."""
 _HEAD = 20
 """Bytes of struct nlmsghdr and struct nfgenmsg."""
 _TYPE_MASK = 0x3FFF
@@ -152,9 +154,9 @@ def _as_news(message: bytes) -> bytes:
     """Write what an answer tells of an entry as its news would have told it, marked as one of many."""
     found = {}
     place = _HEAD
-    while place + 4 <= len(message):
-        size, kind = struct.unpack_from("=HH", message, place)
-        if size < 4:
+    while place + _ATTRIBUTE.size <= len(message):
+        size, kind = _ATTRIBUTE.unpack_from(message, place)
+        if size < _ATTRIBUTE.size:
             break
         found[kind & _TYPE_MASK] = message[place : place + size].ljust(size + 3 & ~3, b"\0")
         place += size + 3 & ~3

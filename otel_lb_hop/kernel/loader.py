@@ -129,7 +129,8 @@ _NAMES = "names"
 _RING = "records"
 _MAPS = (
     "vip_ports", "backends", "vip_stats", "hop_stats", "places", "uplinks", "settings", "events", _RING,
-    "datagram_flows", "told_flows", "recent", "handshake_tags", "handshakes", "record_due_ns", "sweep_cursor",
+    "datagram_flows", "told_flows", "early_data", "recent", "handshake_tags", "handshakes", "record_due_ns",
+    "sweep_cursor",
 )  # fmt: skip
 """The programs' maps."""
 

@@ -90,10 +90,24 @@ def _info(fd: int) -> tuple[str, RunTime]:
 
 def empty_program() -> int:
     """Load a tc program that does nothing (`return TC_ACT_UNSPEC`): what a measurement is compared with."""
-    code = ctypes.create_string_buffer(struct.pack("=BBhiBBhi", 0xB7, 0, 0, -1, 0x95, 0, 0, 0))
+    return load_program(struct.pack("=BBhiBBhi", 0xB7, 0, 0, -1, 0x95, 0, 0, 0))
+
+
+def load_program(instructions: bytes) -> int:
+    """Load a tc program of these instructions (struct bpf_insn)."""
+    code = ctypes.create_string_buffer(instructions, len(instructions))
     licence = ctypes.create_string_buffer(b"Dual BSD/GPL")
     attributes = struct.pack(
-        "=IIQQIIQII", _SCHED_CLS, 2, ctypes.addressof(code), ctypes.addressof(licence), 0, 0, 0, 0, 0
+        "=IIQQIIQII",
+        _SCHED_CLS,
+        len(instructions) // 8,
+        ctypes.addressof(code),
+        ctypes.addressof(licence),
+        0,
+        0,
+        0,
+        0,
+        0,
     )
     return bpf._bpf(_PROG_LOAD, attributes)
 

@@ -24,15 +24,24 @@ def next_isn() -> int:
     return next(_isns) & 0xFFFFFFFF
 
 
-def tcp(source_port: int, destination_port: int, sequence: int, acknowledgment: int = 0, flags: int = SYN) -> bytes:
-    """Build a TCP header (RFC 9293) without options."""
+def tcp(
+    source_port: int,
+    destination_port: int,
+    sequence: int,
+    acknowledgment: int = 0,
+    flags: int = SYN,
+    *,
+    options: bytes = b"",
+) -> bytes:
+    """Build a TCP header (RFC 9293); options are whole words."""
     ports = source_port << 16 | destination_port
     return (
         ports.to_bytes(4, "big")
         + sequence.to_bytes(4, "big")
         + acknowledgment.to_bytes(4, "big")
-        + bytes([0x50, flags])
-        + bytes.fromhex("faf000000000")
+        + bytes([0x50 + 4 * len(options), flags])
+        + b"\xfa\xf0\0\0\0\0"
+        + options
     )
 
 
@@ -52,6 +61,29 @@ def ipv4(
         + options
         + payload
     )
+
+
+def checksum(data: bytes) -> bytes:
+    """Compute the checksum of the Internet (RFC 1071) over data whose checksum field is zero."""
+    total = sum(int.from_bytes(data[at : at + 2].ljust(2, b"\0"), "big") for at in range(0, len(data), 2))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return (total ^ 0xFFFF).to_bytes(2, "big")
+
+
+def with_checksums(packet: bytes, header: int, end: int) -> bytes:
+    """Fill in the checksums of an IP packet whose TCP segment lies from `header` to `end`."""
+    made = bytearray(packet)
+    is_four = packet[0] >> 4 == 4
+    if is_four:
+        size = (packet[0] & 15) * 4
+        made[10:12] = b"\0\0"
+        made[10:12] = checksum(bytes(made[:size]))
+    made[header + 16 : header + 18] = b"\0\0"
+    addresses = bytes(made[12:20] if is_four else made[8:40])
+    pseudo = addresses + TCP.to_bytes(2, "big") + (end - header).to_bytes(2, "big")
+    made[header + 16 : header + 18] = checksum(pseudo + bytes(made[header:end]))
+    return bytes(made)
 
 
 class Extension(NamedTuple):
@@ -112,11 +144,20 @@ class Wire(NamedTuple):
 
     is_ethernet: bool = True
 
-    def segment(self, source: End, destination: End, sequence: int, acknowledgment: int = 0, flags: int = SYN) -> bytes:
-        """Build a packet with a TCP header and nothing else in it."""
+    def segment(
+        self,
+        source: End,
+        destination: End,
+        sequence: int,
+        acknowledgment: int = 0,
+        flags: int = SYN,
+        *,
+        data: bytes = b"",
+    ) -> bytes:
+        """Build a packet with a TCP header without options."""
         header = tcp(source.port, destination.port, sequence, acknowledgment, flags)
         build = ipv4 if is_ipv4(source.address) else ipv6
-        packet = build(source.address, destination.address, header)
+        packet = build(source.address, destination.address, header + data)
         return ethernet(packet) if self.is_ethernet else packet
 
 
@@ -130,9 +171,9 @@ class Flow(NamedTuple):
     isn: int
     wire: Wire = Wire()
 
-    def syn(self, flags: int = SYN) -> bytes:
+    def syn(self, flags: int = SYN, *, data: bytes = b"") -> bytes:
         """Client to VIP."""
-        return self.wire.segment(self.client, self.vip, self.isn, flags=flags)
+        return self.wire.segment(self.client, self.vip, self.isn, flags=flags, data=data)
 
     def translated(self, flags: int = SYN) -> bytes:
         """SNAT source to backend."""

@@ -2,7 +2,8 @@
 
 How BPF_PROG_TEST_RUN treats what it is given (net/bpf/test_run.c), found out on Linux 6.18:
 - The context may carry `ifindex`, of an interface in the caller's network namespace (any other is ENODEV); skb->dev
-  is then that device, lo without it. `protocol` must be zero: it comes from bytes 12 and 13 (see packets.py).
+  is then that device, lo without it. `protocol` must be zero: it comes from bytes 12 and 13 (see packets.py). So must
+  `vlan_present`, `vlan_tci`, `vlan_proto` and `data_end`: no tag in metadata, no page fragments. `gso_size` may be set.
 - The data of a tc program begins at the first byte given. Less than 14 bytes are refused, and so is a packet whose
   EtherType says IP when no whole IP header follows those 14 bytes; behind a VLAN tag it is let through.
 - The skb is always linear.
@@ -20,10 +21,11 @@ import socket
 import struct
 import subprocess
 import threading
+from collections import Counter
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
-from otel_lb_hop.core.layout import KIND, Event, Settings
+from otel_lb_hop.core.layout import KIND, Event, OriginCode, Settings, Unforwarded, Verdict
 from otel_lb_hop.core.topology import Topology
 from otel_lb_hop.kernel import bpf
 from otel_lb_hop.kernel.bpf import Map, run_program
@@ -40,9 +42,14 @@ if TYPE_CHECKING:
     from otel_lb_hop.kernel.tables import Snapshot
     from tests.kernel.packets import End
 
+CONTEXT = struct.Struct("=40xI132xI")
+"""struct __sk_buff, as far as it can be set here: ifindex and gso_size."""
 UNSPEC = 0xFFFFFFFF
 """TC_ACT_UNSPEC (-1) as BPF_PROG_TEST_RUN returns it."""
 XDP_PASS = 2
+XDP = "lbh_xdp"
+XDP_CONTEXT = struct.Struct("=IIIIII")
+"""struct xdp_md: data, data_end, data_meta, ingress_ifindex and two that are not used."""
 CLONE_NEWNET = 0x40000000
 BPF_MAP_GET_FD_BY_ID = 14
 WAYS = 8
@@ -220,16 +227,16 @@ class Rig:
             )
         return marked
 
-    def run(self, program: str, packet: bytes, interface: int = 0, repeat: int = 1) -> None:
-        """Run a program on a packet that passes an interface; it must let it go on unchanged."""
-        context, passed = b"", XDP_PASS if program == "lbh_xdp" else UNSPEC
-        if interface:
-            size = len(packet)
-            context = (
-                struct.pack("=40xI", interface)
-                if passed == UNSPEC
-                else struct.pack("=IIIIII", 0, size, 0, interface, 0, 0)
-            )
+    def run(self, program: str, packet: bytes, interface: int = 0, gso_size: int = 0, *, repeat: int = 1) -> None:
+        """Run a program on a packet that passes an interface; it must let it go on unchanged.
+
+        `gso_size`: of each of the segments that the packet stands for, as the kernel carries large ones.
+        """
+        context, passed = b"", XDP_PASS if program == XDP else UNSPEC
+        if interface and passed == UNSPEC:
+            context = CONTEXT.pack(interface, gso_size)
+        elif interface:
+            context = XDP_CONTEXT.pack(0, len(packet), 0, interface, 0, 0)
         result, after, _ = run_program(self.loaded.programs[program], packet, repeat, context)
         assert result == passed
         assert after == packet
@@ -238,12 +245,12 @@ class Rig:
         """Let a packet come in, by the uplink if not told otherwise."""
         by_ethernet = "lbh_xdp" if self.xdp else "lbh_ingress"
         name = by_ethernet if ethernet else "lbh_ingress_l3"
-        self.run(name, packet, self.uplink if interface is None else interface, repeat)
+        self.run(name, packet, self.uplink if interface is None else interface, repeat=repeat)
 
     def out(self, packet: bytes, interface: int | None = None, *, ethernet: bool = True, repeat: int = 1) -> None:
         """Let a packet leave, towards the pods if not told otherwise."""
         name = "lbh_egress" if ethernet else "lbh_egress_l3"
-        self.run(name, packet, self.pod if interface is None else interface, repeat)
+        self.run(name, packet, self.pod if interface is None else interface, repeat=repeat)
 
     def datagram(self, packet: bytes, interface: int | None = None, *, ethernet: bool = True) -> None:
         """Let a datagram come in, by the uplink if not told otherwise."""
@@ -293,6 +300,27 @@ class Rig:
     def records(self, limit: int = 1 << 20) -> list[Told]:
         """Take the records that wait in the ring."""
         return [Told(*raw[:-1], *KIND.unpack(raw[-1])) for raw in self.ring.drain(limit)]
+
+
+def counts_of(snapshot: Snapshot) -> Counter[object]:
+    """Name every counter that is not zero, as the oracle's models do."""
+    counts: Counter[object] = Counter(dict(zip(Event, snapshot.events, strict=True)))
+    for vip_id, vip in snapshot.vips.items():
+        counts["retransmits", vip_id] = vip.retransmits
+        for origin in OriginCode:
+            counts["connections", (vip_id, origin)] = vip.connections[origin]
+            for reason in Unforwarded:
+                counts["unforwarded", (vip_id, origin, reason)] = vip.unforwarded[origin][reason]
+    for hop_id, hop in snapshot.hops.items():
+        for origin in OriginCode:
+            counts["forwarded", (hop_id, origin)] = hop.forwarded[origin]
+        verdicts = hop.answered, hop.refused, hop.timeout, hop.reply_unseen, hop.translated
+        for verdict, number in enumerate(verdicts):
+            counts["verdict", (hop_id, Verdict(verdict))] = number
+        counts["evicted", hop_id] = hop.evicted
+        counts["forward duration", hop_id] = hop.forward.observations
+        counts["handshake duration", hop_id] = hop.handshake.observations
+    return +counts
 
 
 def close(loaded: Loaded) -> None:

@@ -13,11 +13,12 @@ from otel_lb_hop.kernel.hooks import Hooks
 from otel_lb_hop.kernel.netlink import INGRESS_PARENT, Monitor
 from otel_lb_hop.model import Transport
 from tests.bench.measure import empty_program
-from tests.kernel.packets import ethernet
+from tests.kernel.packets import ethernet, ipv4
 from tests.kernel.requirements import needs_kernel
 from tests.kernel.rig import vip_port
+from tests.kernel.test_datagrams import udp
 from tests.kernel.test_devices import sender
-from tests.kernel.test_parser import VIP4, syn4
+from tests.kernel.test_parser import CLIENT4, VIP4, syn4
 from tests.lab.programs import attached
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def test_datagrams_only_while_asked_for(rig: Rig, netlink: Netlink, *, tcx: bool
     (datagrams,) = rig.serve(vip_port(VIP4, transport=Transport.UDP))
     rig.serve(vip_port(VIP4), vip_port(VIP4, transport=Transport.UDP))
     hooks = hooks_of(rig, netlink, tcx=tcx)
-    frame = ethernet(syn4(protocol=17))
+    frame = ethernet(ipv4(CLIENT4.address, VIP4.address, udp(CLIENT4.port, VIP4.port), protocol=17))
     try:
         for turn, asked in enumerate((False, True, True, False, True)):
             hooks.reconcile(links_named(netlink, "uplink", "pod"), datagrams=asked)

@@ -1,0 +1,1 @@
+"""Random packets by the million: the programs in the kernel against the oracle."""
