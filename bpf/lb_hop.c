@@ -32,10 +32,10 @@ BPF_ARRAY(uplinks, struct lbh_uplinks, 1);
 BPF_ARRAY(settings, struct lbh_settings, 1);
 /* One value. When a SYN to a VIP port last came in, by a part of its ISN's hash. */
 BPF_ARRAY(recent, struct lbh_recent, 1);
-/* Index: bucket. */
-BPF_ARRAY(handshake_tags, struct lbh_tags, LBH_TABLE_BUCKETS);
+/* Index: bucket. Nobody maps these two: the kernel begins the values of such an array at a page, so at a cache line. */
+BPF_F_TABLE("array", u32, struct lbh_tags, handshake_tags, LBH_TABLE_BUCKETS, BPF_F_MMAPABLE);
 /* Index: bucket * LBH_WAYS + way. */
-BPF_ARRAY(handshakes, struct lbh_handshake, LBH_TABLE_BUCKETS *LBH_WAYS);
+BPF_F_TABLE("array", u32, struct lbh_handshake, handshakes, LBH_TABLE_BUCKETS *LBH_WAYS, BPF_F_MMAPABLE);
 BPF_PERCPU_ARRAY(events, u64, LBH_EVENTS);
 /* When the next record would be due at exactly the record rate (GCRA). */
 BPF_ARRAY(record_due_ns, u64, 1);
@@ -160,13 +160,13 @@ static __always_inline bool maybe_recent(u32 isn, u64 now, u16 ticks)
 static __always_inline bool find_bucket(struct lbh_match *match, u32 isn)
 {
 	match->bucket = hash_of(isn) & (LBH_TABLE_BUCKETS - 1);
-	match->tags = handshake_tags.lookup((int *)&match->bucket);
+	match->tags = handshake_tags.lookup(&match->bucket);
 	return match->tags;
 }
 
 static __always_inline struct lbh_handshake *slot_of(u32 bucket, u32 way)
 {
-	int index = bucket * LBH_WAYS + way;
+	u32 index = bucket * LBH_WAYS + way;
 
 	return handshakes.lookup(&index);
 }
@@ -239,13 +239,13 @@ static __always_inline bool within_rate(const struct lbh_settings *config, u64 n
 /*
  * Sends one connection to the agent or counts why not. Good handshakes are sampled by trace id; a failure is kept
  * whatever the ratio, and where the rate is short it goes before: good ones leave the second half of the burst to it.
- * The agent drains by time: it is never woken for one record.
+ * The agent drains by time: it is never woken for one record. Only of a translated one the slot's second half is read.
  */
-static __always_inline void send_record(const struct lbh_handshake *slot, u32 isn, u32 verdict, u64 now)
+static __always_inline void send_record(const struct lbh_handshake *slot, u32 isn, u32 verdict, bool translated,
+					u64 now)
 {
 	bool good = verdict == LBH_VERDICT_ANSWERED || verdict == LBH_VERDICT_REPLY_UNSEEN ||
 		    verdict == LBH_VERDICT_TRANSLATED;
-	bool translated = slot->forward_ns || verdict == LBH_VERDICT_TRANSLATED;
 	struct lbh_settings *config;
 	struct lbh_record *record;
 	struct lbh_trace_id trace;
@@ -274,7 +274,6 @@ static __always_inline void send_record(const struct lbh_handshake *slot, u32 is
 	}
 	__builtin_memset(record, 0, sizeof(*record));
 	record->syn_ns = slot->syn_ns;
-	record->forward_ns = slot->forward_ns;
 	record->end_ns = now;
 	record->trace_id[0] = __cpu_to_be64(trace.high);
 	record->trace_id[1] = __cpu_to_be64(trace.low);
@@ -282,6 +281,7 @@ static __always_inline void send_record(const struct lbh_handshake *slot, u32 is
 	record->retransmits = slot->retransmits;
 	record->client_port = __be16_to_cpu(slot->client_port);
 	if (translated) {
+		record->forward_ns = slot->forward_ns;
 		record->snat = slot->snat;
 		record->snat_port = __be16_to_cpu(slot->snat_port);
 		record->kind.backend = slot->backend;
@@ -291,7 +291,7 @@ static __always_inline void send_record(const struct lbh_handshake *slot, u32 is
 	record->kind.verdict = verdict;
 	record->kind.origin = slot->origin;
 	record->kind.vip_id = slot->vip_id;
-	record->kind.hop_id = slot->hop_id;
+	record->kind.hop_id = translated ? slot->hop_id : slot->vip_id;
 	record->kind.in_ifindex = slot->in_ifindex;
 	records.ringbuf_submit(record, BPF_RB_NO_WAKEUP);
 	count_event(LBH_RECORD_SENT);
@@ -551,12 +551,11 @@ static __always_inline void syn_in(struct __sk_buff *skb, const struct lbh_packe
 	slot->vip = packet->destination;
 	slot->client_port = packet->source_port;
 	slot->vip_port = packet->destination_port;
-	slot->vip_id = slot->hop_id = vip_id;
+	slot->vip_id = vip_id;
 	slot->in_ifindex = ifindex;
 	slot->retransmits = 0;
 	slot->origin = origin;
 	slot->unforwarded = reason_of(vip, origin);
-	slot->forward_ns = 0;
 	swap_tag(match.tag, match.seen_tag, make_tag(packet->sequence, LBH_SEEN, now));
 }
 
@@ -630,7 +629,7 @@ static __always_inline void answer_out(const struct lbh_packet *packet)
 		count_unforwarded(slot);
 		verdict = LBH_VERDICT_UNFORWARDED + slot->unforwarded;
 	} else {
-		stats = hop_stats_of(slot->hop_id);
+		stats = hop_stats_of(state == LBH_SEEN ? slot->vip_id : slot->hop_id);
 		origin = slot->origin;
 		if (stats && origin < LBH_ORIGINS) {
 			/* Answered without a translated SYN at a hook: a backend reached by a way around them. */
@@ -646,12 +645,12 @@ static __always_inline void answer_out(const struct lbh_packet *packet)
 		if (refused)
 			verdict = LBH_VERDICT_REFUSED;
 	}
-	send_record(slot, isn, verdict, now);
+	send_record(slot, isn, verdict, state == LBH_FORWARDED, now);
 	swap_tag(match.tag, claimed, with_state(claimed, LBH_SETTLED));
 }
 
 /* Gives the verdict over a slot that has waited long enough; tag is as it was before the slot was claimed. */
-static __always_inline void close_overdue(const struct lbh_handshake *slot, u64 tag, u64 now)
+static __always_inline void close_overdue(struct lbh_handshake *slot, u64 tag, u64 now)
 {
 	struct lbh_hop_stats *stats;
 	u32 verdict;
@@ -659,6 +658,7 @@ static __always_inline void close_overdue(const struct lbh_handshake *slot, u64 
 	if (tag_state(tag) == LBH_SEEN) {
 		count_unforwarded(slot);
 		verdict = LBH_VERDICT_UNFORWARDED + slot->unforwarded;
+		slot->forward_ns = 0; /* what is translated now is late */
 	} else {
 		bool again = slot->retransmits;
 
@@ -674,7 +674,7 @@ static __always_inline void close_overdue(const struct lbh_handshake *slot, u64 
 		else if (stats)
 			stats->reply_unseen++;
 	}
-	send_record(slot, tag >> 32, verdict, now);
+	send_record(slot, tag >> 32, verdict, tag_state(tag) == LBH_FORWARDED, now);
 }
 
 static __always_inline int watch(struct __sk_buff *skb, bool ethernet, bool ingress)
@@ -685,7 +685,7 @@ static __always_inline int watch(struct __sk_buff *skb, bool ethernet, bool ingr
 
 	if (lbh_is_dull(skb, ethernet, ingress))
 		return TC_ACT_UNSPEC;
-	parsed = lbh_parse(skb, ethernet, false, &packet);
+	parsed = lbh_parse_plain(skb, ethernet, &packet) ? LBH_HANDSHAKE : lbh_parse(skb, ethernet, false, &packet);
 	if (parsed == LBH_OTHER)
 		return TC_ACT_UNSPEC;
 	if (parsed != LBH_HANDSHAKE) {
@@ -742,7 +742,7 @@ int lbh_sweep(struct __sk_buff *skb)
 	if (!config || !cursor)
 		return TC_ACT_UNSPEC;
 	bucket = (*cursor)++ & (LBH_TABLE_BUCKETS - 1);
-	tags = handshake_tags.lookup((int *)&bucket);
+	tags = handshake_tags.lookup(&bucket);
 	if (!tags)
 		return TC_ACT_UNSPEC;
 #pragma clang loop unroll(disable)
@@ -810,7 +810,7 @@ static __always_inline void count_told(const struct lbh_handshake *slot, u32 ver
 		}
 	}
 	/* In place of an ISN the time, so that a tuple that is used again is another trace. */
-	send_record(slot, slot->syn_ns, verdict, slot->syn_ns);
+	send_record(slot, slot->syn_ns, verdict, verdict == LBH_VERDICT_TRANSLATED, slot->syn_ns);
 }
 
 /*

@@ -14,12 +14,16 @@ import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from otel_lb_hop.core import layout
 from otel_lb_hop.errors import KernelError
 from otel_lb_hop.kernel.bpf import Map
 from otel_lb_hop.kernel.compiler import MAX_MESSAGE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 COMPILE_SECONDS = 60
 PROGRAMS = {
@@ -121,7 +125,9 @@ def _explain(error: str, output: str) -> str:
     return f"{hint}: {error} {last[0]}".strip()
 
 
-def _request(sizes: Sizes) -> dict[str, Any]:
+def _request(
+    sizes: Sizes, source: Path | None = None, further: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Any]:
     folder = bpf_folder()
     # The secret by which the handshake table is hashed.
     secrets = {f"LBH_HASH_{name}": f"{int.from_bytes(os.urandom(8))}ull" for name in ("MULTIPLIER", "ADDEND")}
@@ -129,11 +135,11 @@ def _request(sizes: Sizes) -> dict[str, Any]:
     if _kernel_version() < (5, 12):
         defines["LBH_NO_COMPARE_EXCHANGE"] = 1
     return {
-        "source": str(folder / "lb_hop.c"),
+        "source": str(source or folder / "lb_hop.c"),
         "includes": [str(folder)],
         "headers": str(folder / "include"),
         "defines": defines,
-        "programs": PROGRAMS,
+        "programs": {**PROGRAMS, **further},
         "maps": _MAPS,
     }
 
@@ -155,7 +161,7 @@ def _ask_child(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
             ours.settimeout(COMPILE_SECONDS)
             ours.send(json.dumps(request).encode())
             try:
-                message, fds, _, _ = socket.recv_fds(ours, MAX_MESSAGE, len(PROGRAMS) + len(_MAPS))
+                message, fds, _, _ = socket.recv_fds(ours, MAX_MESSAGE, len(request["programs"]) + len(_MAPS))
             except TimeoutError:
                 child.kill()
                 message, fds = b"", []
@@ -169,13 +175,18 @@ def _ask_child(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     return answer, fds
 
 
-def load(sizes: Sizes | None = None) -> Loaded:
-    """Compile and load the programs in a child process; raises KernelError with what to do about it."""
+def load(
+    sizes: Sizes | None = None, source: Path | None = None, further: Mapping[str, str] = MappingProxyType({})
+) -> Loaded:
+    """Compile and load the programs in a child process; raises KernelError with what to do about it.
+
+    The bench loads a source in which further programs (name: type) stand behind ours.
+    """
     sizes = sizes or Sizes()
-    answer, fds = _ask_child(_request(sizes))
+    answer, fds = _ask_child(_request(sizes, source, further))
     fd_of = dict(zip([*answer["programs"], *answer["maps"]], fds, strict=True))
     return Loaded(
-        programs={name: fd_of[name] for name in PROGRAMS},
+        programs={name: fd_of[name] for name in answer["programs"]},
         vip_ports=Map(fd_of["vip_ports"], layout.VIP_KEY.size, layout.VIP_VALUE.size),
         backends=Map(fd_of["backends"], layout.BACKEND_KEY.size, 4),
         vip_stats=Map(fd_of["vip_stats"], 4, layout.VIP_STATS_WORDS * 8, per_cpu=True),
