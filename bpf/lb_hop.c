@@ -239,13 +239,13 @@ static __always_inline bool within_rate(const struct lbh_settings *config, u64 n
 /*
  * Sends one connection to the agent or counts why not. Good handshakes are sampled by trace id; a failure is kept
  * whatever the ratio, and where the rate is short it goes before: good ones leave the second half of the burst to it.
- * The agent drains by time: it is never woken for one record. Only of a translated one the slot's second half is read.
+ * The agent drains by time: it is never woken for one record.
  */
-static __always_inline void send_record(const struct lbh_handshake *slot, u32 isn, u32 verdict, bool translated,
-					u64 now)
+static __always_inline void send_record(const struct lbh_handshake *slot, u32 isn, u32 verdict, u64 now)
 {
 	bool good = verdict == LBH_VERDICT_ANSWERED || verdict == LBH_VERDICT_REPLY_UNSEEN ||
 		    verdict == LBH_VERDICT_TRANSLATED;
+	bool translated = slot->forward_ns || verdict == LBH_VERDICT_TRANSLATED;
 	struct lbh_settings *config;
 	struct lbh_record *record;
 	struct lbh_trace_id trace;
@@ -274,6 +274,7 @@ static __always_inline void send_record(const struct lbh_handshake *slot, u32 is
 	}
 	__builtin_memset(record, 0, sizeof(*record));
 	record->syn_ns = slot->syn_ns;
+	record->forward_ns = slot->forward_ns;
 	record->end_ns = now;
 	record->trace_id[0] = __cpu_to_be64(trace.high);
 	record->trace_id[1] = __cpu_to_be64(trace.low);
@@ -281,7 +282,6 @@ static __always_inline void send_record(const struct lbh_handshake *slot, u32 is
 	record->retransmits = slot->retransmits;
 	record->client_port = __be16_to_cpu(slot->client_port);
 	if (translated) {
-		record->forward_ns = slot->forward_ns;
 		record->snat = slot->snat;
 		record->snat_port = __be16_to_cpu(slot->snat_port);
 		record->kind.backend = slot->backend;
@@ -291,7 +291,7 @@ static __always_inline void send_record(const struct lbh_handshake *slot, u32 is
 	record->kind.verdict = verdict;
 	record->kind.origin = slot->origin;
 	record->kind.vip_id = slot->vip_id;
-	record->kind.hop_id = translated ? slot->hop_id : slot->vip_id;
+	record->kind.hop_id = slot->hop_id;
 	record->kind.in_ifindex = slot->in_ifindex;
 	records.ringbuf_submit(record, BPF_RB_NO_WAKEUP);
 	count_event(LBH_RECORD_SENT);
@@ -551,11 +551,12 @@ static __always_inline void syn_in(struct __sk_buff *skb, const struct lbh_packe
 	slot->vip = packet->destination;
 	slot->client_port = packet->source_port;
 	slot->vip_port = packet->destination_port;
-	slot->vip_id = vip_id;
+	slot->vip_id = slot->hop_id = vip_id;
 	slot->in_ifindex = ifindex;
 	slot->retransmits = 0;
 	slot->origin = origin;
 	slot->unforwarded = reason_of(vip, origin);
+	slot->forward_ns = 0;
 	swap_tag(match.tag, match.seen_tag, make_tag(packet->sequence, LBH_SEEN, now));
 }
 
@@ -629,7 +630,7 @@ static __always_inline void answer_out(const struct lbh_packet *packet)
 		count_unforwarded(slot);
 		verdict = LBH_VERDICT_UNFORWARDED + slot->unforwarded;
 	} else {
-		stats = hop_stats_of(state == LBH_SEEN ? slot->vip_id : slot->hop_id);
+		stats = hop_stats_of(slot->hop_id);
 		origin = slot->origin;
 		if (stats && origin < LBH_ORIGINS) {
 			/* Answered without a translated SYN at a hook: a backend reached by a way around them. */
@@ -645,12 +646,12 @@ static __always_inline void answer_out(const struct lbh_packet *packet)
 		if (refused)
 			verdict = LBH_VERDICT_REFUSED;
 	}
-	send_record(slot, isn, verdict, state == LBH_FORWARDED, now);
+	send_record(slot, isn, verdict, now);
 	swap_tag(match.tag, claimed, with_state(claimed, LBH_SETTLED));
 }
 
 /* Gives the verdict over a slot that has waited long enough; tag is as it was before the slot was claimed. */
-static __always_inline void close_overdue(struct lbh_handshake *slot, u64 tag, u64 now)
+static __always_inline void close_overdue(const struct lbh_handshake *slot, u64 tag, u64 now)
 {
 	struct lbh_hop_stats *stats;
 	u32 verdict;
@@ -658,7 +659,6 @@ static __always_inline void close_overdue(struct lbh_handshake *slot, u64 tag, u
 	if (tag_state(tag) == LBH_SEEN) {
 		count_unforwarded(slot);
 		verdict = LBH_VERDICT_UNFORWARDED + slot->unforwarded;
-		slot->forward_ns = 0; /* what is translated now is late */
 	} else {
 		bool again = slot->retransmits;
 
@@ -674,7 +674,7 @@ static __always_inline void close_overdue(struct lbh_handshake *slot, u64 tag, u
 		else if (stats)
 			stats->reply_unseen++;
 	}
-	send_record(slot, tag >> 32, verdict, tag_state(tag) == LBH_FORWARDED, now);
+	send_record(slot, tag >> 32, verdict, now);
 }
 
 static __always_inline int watch(struct __sk_buff *skb, bool ethernet, bool ingress)
@@ -810,7 +810,7 @@ static __always_inline void count_told(const struct lbh_handshake *slot, u32 ver
 		}
 	}
 	/* In place of an ISN the time, so that a tuple that is used again is another trace. */
-	send_record(slot, slot->syn_ns, verdict, verdict == LBH_VERDICT_TRANSLATED, slot->syn_ns);
+	send_record(slot, slot->syn_ns, verdict, slot->syn_ns);
 }
 
 /*

@@ -149,10 +149,6 @@ enum lbh_state {
 	LBH_SETTLED,	/* answered or refused; first to make room */
 };
 
-/*
- * Two cache lines. The second is not touched before the translated SYN leaves: until then its content is that of an
- * earlier handshake.
- */
 struct lbh_handshake {
 	u64 syn_ns;	 /* first SYN */
 	u64 last_syn_ns; /* latest SYN */
@@ -165,7 +161,7 @@ struct lbh_handshake {
 	u16 retransmits;
 	u8 origin;	/* enum lbh_origin */
 	u8 unforwarded; /* enum lbh_unforwarded */
-	u64 forward_ns; /* the translated SYN left; unanswered: 0 if none was seen */
+	u64 forward_ns; /* the translated SYN left; 0: not seen */
 	struct lbh_address snat;
 	struct lbh_address backend;
 	u16 snat_port;
