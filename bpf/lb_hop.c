@@ -39,10 +39,10 @@ BPF_ARRAY(uplinks, struct lbh_uplinks, 1);
 BPF_ARRAY(settings, struct lbh_settings, 1);
 /* One value. When a SYN to a VIP port last came in, by a part of its ISN's hash. */
 BPF_ARRAY(recent, struct lbh_recent, 1);
-/* Index: bucket. */
-BPF_ARRAY(handshake_tags, struct lbh_tags, LBH_TABLE_BUCKETS);
+/* Index: bucket. Nobody maps these two: the kernel begins the values of such an array at a page, so at a cache line. */
+BPF_F_TABLE("array", u32, struct lbh_tags, handshake_tags, LBH_TABLE_BUCKETS, BPF_F_MMAPABLE);
 /* Index: bucket * LBH_WAYS + way. */
-BPF_ARRAY(handshakes, struct lbh_handshake, LBH_TABLE_BUCKETS *LBH_WAYS);
+BPF_F_TABLE("array", u32, struct lbh_handshake, handshakes, LBH_TABLE_BUCKETS *LBH_WAYS, BPF_F_MMAPABLE);
 BPF_PERCPU_ARRAY(events, u64, LBH_EVENTS);
 /* When the next record would be due at exactly the record rate (GCRA). */
 BPF_ARRAY(record_due_ns, u64, 1);
@@ -175,13 +175,13 @@ static __always_inline void note_recent(u32 isn, u64 now)
 static __always_inline bool find_bucket(struct lbh_match *match, u32 isn)
 {
 	match->bucket = hash_of(isn) & (LBH_TABLE_BUCKETS - 1);
-	match->tags = handshake_tags.lookup((int *)&match->bucket);
+	match->tags = handshake_tags.lookup(&match->bucket);
 	return match->tags;
 }
 
 static __always_inline struct lbh_handshake *slot_of(u32 bucket, u32 way)
 {
-	int index = bucket * LBH_WAYS + way;
+	u32 index = bucket * LBH_WAYS + way;
 
 	return handshakes.lookup(&index);
 }
@@ -762,7 +762,8 @@ static __always_inline int watch(struct lbh_context context, bool ethernet, bool
 
 	if (lbh_is_dull(context, ethernet, ingress))
 		return TC_ACT_UNSPEC;
-	parsed = lbh_parse(context, ethernet, false, &packet);
+	parsed = lbh_parse_plain(context, ethernet, &packet) ? LBH_HANDSHAKE
+							     : lbh_parse(context, ethernet, false, &packet);
 	flags = packet.flags & (LBH_TCP_SYN | LBH_TCP_ACK | LBH_TCP_RST | LBH_TCP_FIN);
 	/* What comes in and is no SYN is of no interest, whatever its lengths are: so lbh_is_dull has it too. */
 	if (parsed == LBH_OTHER || (ingress && flags && flags != LBH_TCP_SYN))
@@ -831,7 +832,7 @@ int lbh_sweep(struct __sk_buff *skb)
 	if (!config || !cursor)
 		return TC_ACT_UNSPEC;
 	bucket = (*cursor)++ & (LBH_TABLE_BUCKETS - 1);
-	tags = handshake_tags.lookup((int *)&bucket);
+	tags = handshake_tags.lookup(&bucket);
 	if (!tags)
 		return TC_ACT_UNSPEC;
 	wait_ns = config->verdict_after_ns;

@@ -336,6 +336,38 @@ static __always_inline bool lbh_is_dull(struct lbh_context context, bool etherne
 }
 
 /*
+/*
+ * Fills in what nearly every handshake is, after lbh_is_dull has let it pass: TCP in IPv4 without options, tags and
+ * fragments, all in the linear part, of lengths that are right. False for all else, which is lbh_parse's.
+ */
+static __always_inline bool lbh_parse_plain(struct lbh_context context, bool ethernet, struct lbh_packet *packet)
+{
+	u8 *data = lbh_data(context), *end = lbh_data_end(context);
+	u32 offset = ethernet ? ETH_HLEN : 0, length, headers;
+	struct iphdr *ip = (void *)(data + offset);
+	struct tcphdr *tcp = (void *)(ip + 1);
+
+	if ((void *)(tcp + 1) > (void *)end ||
+	    (ethernet ? *(u16 *)(data + 2 * ETH_ALEN) : lbh_protocol(context)) != bpf_htons(ETH_P_IP) ||
+	    *(u8 *)ip != 0x45 || ip->protocol != IPPROTO_TCP || ip->frag_off & bpf_htons(0x3fff))
+		return false;
+	length = bpf_ntohs(ip->tot_len);
+	headers = sizeof(*ip) + tcp->doff * 4;
+	if (tcp->doff < 5 || headers > length || offset + length > lbh_length(context))
+		return false;
+	packet->source.words[2] = packet->destination.words[2] = bpf_htonl(0xffff);
+	packet->source.words[3] = ip->saddr;
+	packet->destination.words[3] = ip->daddr;
+	packet->source_port = tcp->source;
+	packet->destination_port = tcp->dest;
+	packet->sequence = bpf_ntohl(tcp->seq);
+	packet->acknowledgment = bpf_ntohl(tcp->ack_seq);
+	packet->data_length = length - headers;
+	packet->flags = ((u8 *)tcp)[13];
+	return true;
+}
+
+/*
  * Parses a packet. ethernet: the device has an Ethernet header (else data starts at the IP
  * header, as on ipip, wireguard and tun). Tags in the frame are followed; a tag in the skb's metadata is no
  * part of the data, and skb->protocol then already names what follows it.

@@ -613,7 +613,7 @@ class Agent:
             self._health.report(signal, healthy=healthy, vital=False, detail=each)
         ledger = self._ledger()
         defects = ledger.defects()
-        if nowhere := self._tables.events()[Event.NO_ROW]:
+        if nowhere := self._tables.event(Event.NO_ROW):
             defects.append(f"{nowhere:,} connections found no row to be counted in")
         self._health.report("ledger", healthy=not defects, vital=False, detail=defects or ledger.as_dict())
 

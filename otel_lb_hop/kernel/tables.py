@@ -275,11 +275,12 @@ class KernelTables:
 
     def events(self) -> tuple[int, ...]:
         """Read the event counters."""
-        counters = []
-        for event in Event:
-            raw = self._loaded.events.get(_id(event))
-            counters.append(sum_cpus(raw, 1)[0] if raw else 0)
-        return tuple(counters)
+        return tuple(map(self.event, Event))
+
+    def event(self, event: Event) -> int:
+        """Read one event counter."""
+        raw = self._loaded.events.get(_id(event))
+        return sum_cpus(raw, 1)[0] if raw else 0
 
 
 def _make_rows(table: Map, numbers: AbstractSet[int]) -> None:

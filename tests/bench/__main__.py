@@ -10,10 +10,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
 import socket
-import statistics
 import subprocess
 import tempfile
 import time
@@ -24,8 +22,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from otel_lb_hop.core.layout import Settings
-from otel_lb_hop.kernel import bpf, loader
+from otel_lb_hop.kernel import bpf
+from tests.bench.bulk import bulk_throughput
 from tests.bench.cluster import cluster_costs
 from tests.bench.datagrams import datagram_costs
 from tests.bench.measure import (
@@ -41,9 +39,9 @@ from tests.bench.measure import (
     run_times,
 )
 from tests.bench.metrics import metrics_costs
+from tests.bench.packets import packet_costs
 from tests.bench.records import record_costs
-from tests.bench.traffic import PORT, VIP, Path3, agents, traffic_path
-from tests.kernel.burst import Burst, packet
+from tests.bench.traffic import PORT, VIP, Path3, agents, side_by_side, traffic_path
 from tests.lab.agent import Agent
 
 if TYPE_CHECKING:
@@ -54,23 +52,13 @@ CONNECTIONS_A_TURN = 50
 
 
 def connection_rate(folder: Path, turns: int) -> Iterator[Row]:
-    """Compare two labs side by side, agents in one of them, in turns of milliseconds; then the labs change sides.
-
-    The machine's speed drifts by more than what is measured: only neighbours in time are compared, and what one lab
-    has over the other by chance cancels out. Empty programs on the same hooks show what part is the kernel's own.
-    """
+    """Compare two labs in turns of milliseconds; empty programs on the same hooks show the kernel's own part."""
     with traffic_path(folder) as first, traffic_path(folder) as second:
-        for what, watch, aim in (
-            ("connection rate with empty programs / without", empty_hooks, None),
-            ("connection rate with agents, records on / without", lambda path: agents(path, SENDING), 0.98),
+        for what, aim, watch in (
+            ("connection rate with empty programs / without", 0, empty_hooks),
+            ("connection rate with agents, records on / without", 0.98, lambda path: agents(path, SENDING)),
         ):
-            halves = []
-            for watched, bare in ((first, second), (second, first)):
-                with watch(watched):
-                    halves.append([bare_ns / watched_ns for watched_ns, bare_ns in compare(watched, bare, turns)])
-            ratio = math.sqrt(math.prod(statistics.median(half) for half in halves))
-            error = statistics.stdev(halves[0] + halves[1]) / math.sqrt(2 * turns)
-            yield Row(what, ratio, f"+- {error:.3f}", f">= {aim}" if aim else "", not aim or ratio >= aim)
+            yield side_by_side(what, aim, (first, second), watch, lambda here, there: compare(here, there, turns))
 
 
 def compare(here: Path3, there: Path3, turns: int) -> list[tuple[int, int]]:
@@ -171,33 +159,6 @@ def _counted(output: str) -> int:
     )
 
 
-def packet_costs() -> Iterator[Row]:
-    """Run the programs on single kinds of packets against an empty program, caches warm."""
-    loaded = loader.load()
-    Burst(loaded, Settings(5 * 10**9, 0, 1, 10**9))  # it serves our VIP port
-    ingress, egress = loaded.programs["lbh_ingress"], loaded.programs["lbh_egress"]
-    data = _segment(PORT, 7, 0x18)
-    base = _fastest(empty_program(), data)
-    yield Row("empty program", base, "ns")
-    for name, fd, frame, aim in (
-        ("data segment in", ingress, data, 15),
-        ("data segment out", egress, data, 15),
-        ("SYN to a port that is no VIP port, in", ingress, _segment(PORT + 1, 0, 0x02), None),
-        ("SYN to a VIP port, in (known)", ingress, _segment(PORT, 0, 0x02), None),
-    ):
-        extra = _fastest(fd, frame) - base
-        yield Row(f"{name}, over the empty one", extra, "ns", f"<= {aim}" if aim else "", not aim or extra <= aim)
-    yield Row("compile and load", loaded.compile_seconds, "s")
-
-
-def _fastest(fd: int, frame: bytes) -> float:
-    return float(min(bpf.run_program(fd, frame, repeat=200_000)[2] for _ in range(5)))
-
-
-def _segment(port: int, ack: int, flags: int) -> bytes:
-    return bytes(packet(("192.168.0.2", 40000), (VIP, port), flags, 7, ack))
-
-
 def _told(console: Console, measurement: Iterator[Row]) -> Iterator[Row]:
     for row in measurement:
         console.print(f"[dim]{row.what}: {row.figure:.4g} {row.unit}")
@@ -218,6 +179,7 @@ def main() -> None:
             for measurement in (packet_costs(), one_agent(path), program_time(path), record_costs(path)):
                 rows += list(_told(console, measurement))
         rows += list(_told(console, connection_rate(folder, arguments.turns)))
+        rows += list(_told(console, bulk_throughput(folder, arguments.turns // 5)))
     rows += list(_told(console, metrics_costs()))
     rows += list(_told(console, cluster_costs()))
     rows += list(_told(console, datagram_costs()))  # last: it puts this process on one CPU

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
+import statistics
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from otel_lb_hop.kernel import bpf
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 _PROG_LOAD = 5
 _PROG_GET_NEXT_ID = 11
@@ -43,6 +45,22 @@ class RunTime(NamedTuple):
 
     ns: float
     runs: float
+
+
+class Interval(NamedTuple):
+    """A median and where it is with a confidence of 95 %."""
+
+    low: float
+    median: float
+    high: float
+
+
+def median_interval(values: Sequence[float]) -> Interval:
+    """Take it from the order of the values (binomial, in its normal approximation): no shape is assumed, no outlier."""
+    ordered, count = sorted(values), len(values)
+    half = 0.98 * math.sqrt(count)
+    low, high = max(0, math.floor(count / 2 - half)), min(count - 1, math.ceil(count / 2 + half))
+    return Interval(ordered[low], statistics.median(ordered), ordered[high])
 
 
 @contextlib.contextmanager
