@@ -15,12 +15,13 @@ import pytest
 from otel_lb_hop.kernel import bpf, hooks
 from otel_lb_hop.kernel.hooks import Hooks, XdpAttachment
 from otel_lb_hop.model import Transport
-from tests.kernel.packets import ethernet
+from tests.kernel.packets import ethernet, ipv4
 from tests.kernel.requirements import needs_kernel
 from tests.kernel.rig import vip_port
+from tests.kernel.test_datagrams import udp
 from tests.kernel.test_devices import SOL_PACKET, Tun, sender, set_mtu
 from tests.kernel.test_hooks import BOTH_WAYS, SENT, links_named, said
-from tests.kernel.test_parser import VIP4, VIP6, syn4, syn6
+from tests.kernel.test_parser import CLIENT4, VIP4, VIP6, syn4, syn6
 from tests.lab.programs import attached, foreign_xdp
 from tests.lab.waiting import wait_for
 
@@ -154,7 +155,7 @@ def test_datagrams_stay_with_tc(rig: Rig, netlink: Netlink, hook: str) -> None:
         made.reconcile(links_named(netlink, "uplink"), uplinks={rig.uplink}, datagrams=True)
         send(1)
         with sender("far_uplink") as put:
-            put(ethernet(syn4(protocol=17)))
+            put(ethernet(ipv4(CLIENT4.address, VIP4.address, udp(CLIENT4.port, VIP4.port), protocol=17)))
         wait_for("both", lambda: counted(rig) == [(0, 1)] * 2)
         made.reconcile(links_named(netlink, "uplink"), uplinks={rig.uplink})
         assert by_tc(made, "uplink", "ingress") == []
