@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 NOTES = "notes"
 _PROGRAM, _LINK = "program_", "link_"
+_BESIDE = "_new"
 _GENERATION = re.compile(r"v[0-9]+_[0-9a-f]{8}")
 _MOUNTS = Path("/proc/self/mountinfo")
 
@@ -97,9 +98,11 @@ class Pins:
         return self._folder / f"{_LINK}{ifindex}_{program}"
 
     def _pin(self, name: str, fd: int) -> None:
-        path = self._folder / name
-        path.unlink(missing_ok=True)
-        bpf.pin(fd, path)
+        """Give it a name in one step: there is no moment at which neither it nor what had the name before is pinned."""
+        beside = self._folder / f"{name}{_BESIDE}"
+        beside.unlink(missing_ok=True)
+        bpf.pin(fd, beside)
+        beside.rename(self._folder / name)
 
 
 class PinFolder:
@@ -154,7 +157,7 @@ class PinFolder:
         os.close(self._lock_fd)
 
     def _generations(self) -> list[Path]:
-        return [path for path in self.path.iterdir() if _GENERATION.fullmatch(path.name)]
+        return [path for path in self.path.iterdir() if _GENERATION.fullmatch(path.name) and path.is_dir()]
 
 
 class Pinning(NamedTuple):
