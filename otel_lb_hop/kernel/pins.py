@@ -11,6 +11,7 @@ The kernel frees what has neither a name nor a process that holds it: to unlink 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -151,9 +152,13 @@ class PinFolder:
         return len(gone)
 
     def remove(self) -> None:
-        """Take off everything, the folder too."""
+        """Take off everything, the folder too unless it has something of others or is where the bpffs is mounted."""
         self.remove_except(None)
-        self.path.rmdir()
+        try:
+            self.path.rmdir()
+        except OSError as error:
+            if error.errno not in {errno.ENOTEMPTY, errno.EBUSY}:
+                raise
         os.close(self._lock_fd)
 
     def _generations(self) -> list[Path]:

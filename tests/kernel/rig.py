@@ -178,7 +178,8 @@ class Rig:
         self._record_due.put(zero, b"")
         self._cursor.put(zero, b"")
         loaded = self.loaded
-        for table in (loaded.vip_ports, loaded.backends, loaded.vip_stats, loaded.hop_stats, loaded.places, self.flows):
+        rows = (loaded.vip_stats, loaded.hop_stats, loaded.names)
+        for table in (loaded.vip_ports, loaded.backends, *rows, loaded.places, self.flows, loaded.told_flows):
             for key in list(table.keys()):
                 table.delete(key)
         for event in Event:
@@ -284,7 +285,8 @@ class Rig:
 def close(loaded: Loaded) -> None:
     """Let go of the programs and maps that were loaded."""
     maps = (loaded.vip_ports, loaded.backends, loaded.vip_stats, loaded.hop_stats, loaded.places, loaded.uplinks)
-    fds = [each.fd for each in (*maps, loaded.settings, loaded.events)]
+    others = (loaded.settings, loaded.events, loaded.told_flows, loaded.names, loaded.notes)
+    fds = [each.fd for each in (*maps, *others)]
     for fd in (*loaded.programs.values(), *fds, loaded.records_fd):
         os.close(fd)
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 START = 1_700_000_000 * SECOND
 TCP = Transport.TCP
+MANY = 3 * feed_module.ENDPOINTS_PER_STEP
 SYNCED = State(synced=True, contact_ns=START)
 NODES = [Change(Kind.NODES, ("", name), Node(name, zone)) for name, zone in ((NODE, "zone-a"), ("node2", "zone-b"))]
 
@@ -151,15 +152,15 @@ def test_changes_come_in_steps() -> None:
 
 def test_complete_once_the_last_step_is_taken() -> None:
     """Before that, a VIP port that no source has named yet may still be named."""
-    scene = Scene(*[service(f"s{number}", f"10.0.{number // 250}.{number % 250}") for number in range(600)], *NODES)
+    scene = Scene(*[service(f"s{number}", f"10.0.{number // 250}.{number % 250}") for number in range(MANY)], *NODES)
     scene.api.sync(*Kind)
     told = []
     while scene.update():
         told.append((scene.feed.begun, scene.feed.complete))
     assert set(told) == {(False, False)}
     assert len(told) > 1
-    assert (scene.feed.begun, scene.feed.complete, scene.topology.watched) == (True, True, 600)
-    scene.api.queue = [service(f"t{number}", f"10.1.{number // 250}.{number % 250}") for number in range(600)]
+    assert (scene.feed.begun, scene.feed.complete, scene.topology.watched) == (True, True, MANY)
+    scene.api.queue = [service(f"t{number}", f"10.1.{number // 250}.{number % 250}") for number in range(MANY)]
     assert scene.update()
     assert scene.feed.complete  # once for all: later news is no first word
 
