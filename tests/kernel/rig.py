@@ -151,8 +151,8 @@ class Rig:
         self.namespace = namespace
         self.uplink, self.pod, self.peer = namespace.uplink, namespace.pod, namespace.far_uplink
         self.ring = Ring(loaded.records_fd)
-        inner = _maps_of(loaded.programs["lbh_sweep"])
-        datagrams = _maps_of(loaded.programs["lbh_datagram"])
+        inner = maps_of(loaded.programs["lbh_sweep"])
+        datagrams = maps_of(loaded.programs["lbh_datagram"])
         self._inner_fds = [*inner.values(), *datagrams.values()]
         self.flows = Map(datagrams["datagram_flows"], FLOW.size, 8)
         sizes = loaded.sizes
@@ -291,7 +291,7 @@ def close(loaded: Loaded) -> None:
         os.close(fd)
 
 
-def _maps_of(program_fd: int) -> dict[str, int]:
+def maps_of(program_fd: int) -> dict[str, int]:
     """Open the maps of a program by their names: also those that the agent has no business with."""
     ids = (ctypes.c_uint32 * 32)()
     info = ctypes.create_string_buffer(64)

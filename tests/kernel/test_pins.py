@@ -21,6 +21,7 @@ from tests.kernel.requirements import needs_kernel
 from tests.kernel.test_hooks import links_named, said
 from tests.lab.bpffs import bpffs
 from tests.lab.programs import attached
+from tests.lab.waiting import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -217,7 +218,8 @@ def test_links(rig: Rig, folder: PinFolder) -> None:
     generation.unpin_links_except([(rig.uplink, "lbh_ingress"), (rig.uplink, "lbh_egress")])
     assert len(attached(rig.uplink, bpf.BPF_TCX_INGRESS)) == 1
     generation.unpin_links_except([(rig.pod, "lbh_ingress"), (rig.uplink, "lbh_egress")])
-    assert attached(rig.uplink, bpf.BPF_TCX_INGRESS) == []
+    # The kernel takes a link off a moment after its name has gone.
+    wait_for("the end of a link", lambda: attached(rig.uplink, bpf.BPF_TCX_INGRESS) == [])
     generation.unpin_link(rig.uplink, "lbh_ingress")
     for program in programs:
         os.close(program)
@@ -265,7 +267,7 @@ def test_uninstall(rig: Rig, folder: PinFolder) -> None:
             "filters removed from 2 interfaces",
         ]
         assert not folder.path.exists()
-        assert attached(rig.uplink, bpf.BPF_TCX_INGRESS) == []
+        wait_for("the end of a link", lambda: attached(rig.uplink, bpf.BPF_TCX_INGRESS) == [])
         shown = said("tc", "filter", "show", "dev", "uplink", "ingress")
         assert "foreign" in shown
         assert "lbh_" not in shown
