@@ -185,8 +185,8 @@ class KernelTables:
 
     def forget(self, gone: Gone, topology: Topology) -> None:
         """Remove rows. What they had counted goes into the rows named, or stands in `forgotten`."""
-        # A VIP port goes before its hops: should they be left to the next agent, that one has nobody to give them to. The
-        # other way round the VIP port could come back without what its hops had counted.
+        # A VIP port goes before its hops: should they be left to the next agent, that one has nobody to give them to.
+        # The other way round the VIP port could come back without what its hops had counted.
         for vip_id in gone.vip_ids:
             self._forget(vip_id, is_vip=True)
         for hop_id, into in gone.hops:
