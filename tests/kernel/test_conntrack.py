@@ -296,9 +296,7 @@ def _hooked(rig: Rig, *, datagrams: bool = False) -> Iterator[None]:
 
 
 @FAMILIES
-def test_flows_that_began_while_nobody_listened(
-    rig: Rig, deaf: Crossing, client: str, vip: str, pod: str
-) -> None:
+def test_flows_that_began_while_nobody_listened(rig: Rig, deaf: Crossing, client: str, vip: str, pod: str) -> None:
     """They are counted from a list, once, as if they had been heard of; what goes elsewhere is not asked about."""
     translated, untranslated = serve(rig, vip, pod)
     deaf.datagrams(deaf.client, client, PORTS[:23], End.of(vip, TRANSLATED))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from otel_lb_hop.core.pinned import NOTE_BYTES, STATE, State, pack_state
 from otel_lb_hop.errors import KernelError
-from otel_lb_hop.kernel import bpf, pins
+from otel_lb_hop.kernel import bpf
 from otel_lb_hop.kernel.hooks import Hooks
 from otel_lb_hop.kernel.netlink import INGRESS_PARENT, Netlink
 from otel_lb_hop.kernel.pins import PinFolder, Pinning, Pins, claim, own_netns, reclaim
@@ -25,6 +25,7 @@ from tests.lab.waiting import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from tests.kernel.rig import Rig
 
@@ -261,7 +262,7 @@ def test_uninstall(rig: Rig, folder: PinFolder) -> None:
             uninstall(folder.path)
         assert "lbh_ingress" in said("tc", "filter", "show", "dev", "uplink", "ingress")
         assert len(attached(rig.uplink, bpf.BPF_TCX_INGRESS)) == 1
-        pins.fcntl.flock(folder._lock_fd, pins.fcntl.LOCK_UN)
+        fcntl.flock(folder._lock_fd, fcntl.LOCK_UN)
         assert uninstall(folder.path) == [
             f"{folder.path}: programs, links and counters removed",
             "filters removed from 2 interfaces",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from otel_lb_hop.errors import KernelError
 from otel_lb_hop.kernel import bpf, loader
 from otel_lb_hop.kernel.loader import Sizes, load
 from otel_lb_hop.kernel.pins import Pins, claim
+from otel_lb_hop.kernel.ring import Ring
 from tests.kernel.packets import End, Flow, next_isn
 from tests.kernel.requirements import needs_kernel
 from tests.kernel.rig import EVERYTHING, Namespace, Rig, vip_port
@@ -71,7 +73,7 @@ def counting(loaded: Loaded, namespace: Namespace) -> Iterator[tuple[Rig, int, i
     """Go on with what is pinned, and know one VIP port; gives its id and its hop row's."""
     rig = Rig(loaded, namespace)
     rig.ring.close()
-    rig.ring = loader.Ring(loaded.records_fd, loaded.state.earlier_records)
+    rig.ring = Ring(loaded.records_fd, loaded.state.earlier_records)
     if loaded.inherited:
         rig.topology.adopt(*rig.tables.adopt(), 2)
     rig.tables.set_uplinks(frozenset({rig.uplink}))
@@ -102,7 +104,8 @@ def ids(loaded: Loaded) -> dict[str, int]:
 
 def map_id(fd: int) -> int:
     """Give the kernel's id of a map (struct bpf_map_info)."""
-    return int.from_bytes(bpf._info(fd)[4:8], "little")
+    _, number = struct.unpack_from("=II", bpf._info(fd))
+    return int(number)
 
 
 def map_ids(loaded: Loaded) -> list[int]:

@@ -1,4 +1,4 @@
-"""The kernel's maps as dicts: they have limits, refuse as the kernel does, and the writer can be killed at any write."""
+"""The kernel's maps as dicts: they have limits and refuse as the kernel does, and the writer can be killed."""
 
 from __future__ import annotations
 

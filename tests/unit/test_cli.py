@@ -181,8 +181,7 @@ def test_uninstall(
         (
             PermissionError(1, "Operation not permitted"),
             1,
-            "otel-lb-hop: the system refused: [Errno 1] Operation not permitted; "
-            "CAP_BPF and CAP_NET_ADMIN are needed\n",
+            f"otel-lb-hop: the system refused: [Errno 1] {os.strerror(1)}; CAP_BPF and CAP_NET_ADMIN are needed\n",
         ),
     ],
 )

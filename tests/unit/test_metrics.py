@@ -336,8 +336,7 @@ def test_kinds_units_and_temporality(web: Exporter) -> None:
 
 
 def test_start_times() -> None:
-    """A point starts with its row; what is summed over rows starts with the VIP port; the kernel's own with the
-    counting, the agent's with the agent."""
+    """A point starts with its row, a sum over rows with the VIP port, the rest with the counting or with the agent."""
     made = Exporter(cluster(vip_port(REMOTE)))
     later = START + 7 * SECOND
     made.topology.replace(cluster(vip_port(REMOTE, LOCAL)), later)

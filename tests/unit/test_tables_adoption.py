@@ -51,7 +51,14 @@ def served() -> Kernel:
     assert kernel.rows == ({1, 5}, {1, 2, 3, 4, 5, 6})
     kernel.count_in_vip(1, 7, 70, 4)  # 77 connections, 4 of them never forwarded
     kernel.count_in_vip(5, 0, 8, 0, 0, 0, 1)  # 8, 1 never forwarded
-    for hop_id, words in {1: (1, 0, 1), 2: (2, 3, 5), 3: (4, 6, 7, 2), 4: (10, 40, 30, 20), 5: (1,), 6: (0, 5, 5)}.items():
+    for hop_id, words in {
+        1: (1, 0, 1),
+        2: (2, 3, 5),
+        3: (4, 6, 7, 2),
+        4: (10, 40, 30, 20),
+        5: (1,),
+        6: (0, 5, 5),
+    }.items():
         kernel.count_in_hop(hop_id, *words)
     return kernel
 
@@ -112,7 +119,7 @@ def killed(work: Callable[[], object], kernel: Kernel, writes: int) -> bool:
 
 
 def check_end(kernel: Kernel) -> None:
-    """Let the sources speak and what is retired be forgotten: all counts are there once, in the rows that they go to."""
+    """Let the sources speak and what is retired be forgotten: all counts are there once, and in the right rows."""
     kernel.take(WEB_ALONE, LATER)
     kernel.tables.drop_unknown(kernel.topology.tables)
     kernel.write()
@@ -131,7 +138,7 @@ def check_end(kernel: Kernel) -> None:
     }
     assert kernel.rows == ({1}, {1, 2, remainder})
     snapshot = kernel.tables.snapshot()
-    assert (snapshot.vips.keys(), snapshot.hops.keys()) == kernel.rows
+    assert (set(snapshot.vips), set(snapshot.hops)) == kernel.rows
     assert not kernel.topology.tables.pending
 
 
@@ -170,7 +177,7 @@ def test_killed_between_any_two_writes_while_it_forgets() -> None:
     let_go(kernel)
     kernel.forget(GONE, LATER)
     writes = len(kernel.journal.lines)
-    # Of the shop's three rows and web's two: a journal, the row and the name; twice the remainder, whose name comes once.
+    # Of the shop's three rows and web's two: a journal, the row and the name; twice the remainder, once its name.
     assert writes == 5 * 3 + 2 + 1
     for first in range(writes):
         for second in count():
@@ -469,7 +476,9 @@ class _Life:
         kernel.write()
 
 
-_TURNS = st.tuples(CLUSTERS, st.sampled_from([1, 299, 301]), st.none() | st.integers(0, 40), st.none() | st.integers(0, 9))
+_TURNS = st.tuples(
+    CLUSTERS, st.sampled_from([1, 299, 301]), st.none() | st.integers(0, 40), st.none() | st.integers(0, 9)
+)
 
 
 @settings(deadline=None, max_examples=40)

@@ -267,7 +267,7 @@ def test_deleted_rows_outlive_their_place_by_the_retirement_time() -> None:
     assert topology.watched == 0
     replace(topology, Cluster(), gone + SECOND)  # being told again that it is gone does not prolong its life
     assert topology.forget_rows(gone - 1, gone + 2 * SECOND) == NOTHING_GONE
-    assert (topology.vips.by_id.keys(), topology.hops.by_id.keys()) == ({1}, {1, 2, 3})
+    assert (set(topology.vips.by_id), set(topology.hops.by_id)) == ({1}, {1, 2, 3})
     assert topology.forget_rows(gone, gone + 2 * SECOND) == Gone((HopGone(1, 0), HopGone(2, 0), HopGone(3, 0)), (1,))
     assert not topology.vips.by_id
     assert not topology.hops.created_ns
@@ -283,7 +283,7 @@ def test_come_back_within_the_retirement_time() -> None:
     assert topology.vips.created_ns[1] == START
     later = START + 10_000 * SECOND
     assert topology.forget_rows(later - KEEP_RETIRED_NS, later) == NOTHING_GONE
-    assert (topology.vips.by_id.keys(), topology.hops.by_id.keys()) == (first.vip_ids, first.hop_ids)
+    assert (frozenset(topology.vips.by_id), frozenset(topology.hops.by_id)) == (first.vip_ids, first.hop_ids)
 
 
 def test_come_back_after_the_retirement_time() -> None:
@@ -680,7 +680,9 @@ def test_what_no_source_names_is_forgotten_after_the_retirement_time() -> None:
     assert topology.forget_rows(BEGAN + 10**6 * SECOND, BEGAN) == NOTHING_GONE
     assert topology.hops.by_id.keys() == {3, 4, 6}
     replace(topology, Cluster(), BEGAN + 400 * SECOND)
-    assert topology.forget_rows(BEGAN + 400 * SECOND, BEGAN) == Gone((HopGone(3, 0), HopGone(4, 0), HopGone(6, 0)), (3,))
+    assert topology.forget_rows(BEGAN + 400 * SECOND, BEGAN) == Gone(
+        (HopGone(3, 0), HopGone(4, 0), HopGone(6, 0)), (3,)
+    )
     replace(topology, cluster(vip_port(LOCAL)), BEGAN + 500 * SECOND)
     assert topology.vips.by_id.keys() == {21}
 
