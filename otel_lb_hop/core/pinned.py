@@ -55,8 +55,10 @@ class Journal(NamedTuple):
 
     connections: int
     verdicts: int
+    last_id: int = 0
+    """The highest id of all rows that went: it is not used again."""
     removed: int = 0
-    """Id of a row of vip_stats if `is_vip`, else of hop_stats; 0: none was forgotten yet."""
+    """Id of a row of vip_stats if `is_vip`, else of hop_stats; 0: there is nothing to do."""
     is_vip: bool = False
     into: int = 0
     """Id of a row of hop_stats, or 0."""
@@ -73,7 +75,7 @@ class Mark(NamedTuple):
 
 _Made = TypeVar("_Made")
 
-_JOURNAL = struct.Struct(f"=QQII?xxx{HOP_STATS_WORDS * 8}s")
+_JOURNAL = struct.Struct(f"=QQIII?xxx{HOP_STATS_WORDS * 8}s")
 _MARK = struct.Struct("=Q?")
 
 
@@ -131,13 +133,13 @@ def _state(fields: Any) -> State:  # noqa: ANN401 - what JSON held
 
 def pack_journal(journal: Journal) -> bytes:
     """Write the journal."""
-    return _JOURNAL.pack(*journal[:3], journal.into, journal.is_vip, journal.merged)
+    return _JOURNAL.pack(*journal[:4], journal.into, journal.is_vip, journal.merged)
 
 
 def unpack_journal(raw: bytes) -> Journal:
     """Read the journal."""
-    connections, verdicts, removed, into, is_vip, merged = _JOURNAL.unpack_from(raw)
-    return Journal(connections, verdicts, removed, is_vip, into, merged)
+    connections, verdicts, last_id, removed, into, is_vip, merged = _JOURNAL.unpack_from(raw)
+    return Journal(connections, verdicts, last_id, removed, is_vip, into, merged)
 
 
 def pack_mark(mark: Mark) -> bytes:

@@ -91,7 +91,7 @@ class HopGone(NamedTuple):
 
 
 class Gone(NamedTuple):
-    """The rows that are forgotten, hops before their VIP ports."""
+    """The rows that are forgotten."""
 
     hops: tuple[HopGone, ...]
     vip_ids: tuple[int, ...]
@@ -308,10 +308,10 @@ class Topology:
         """
         for row_id, (row, created_ns) in names.items():
             if isinstance(row, VipRow):
-                self.vips.add(row_id, row, created_ns)
-                self.hops.add(row_id, HopRow(row_id, Hop.UNKNOWN, None, None), created_ns)
+                self._add(self.vips, row_id, row, created_ns)
+                self._add(self.hops, row_id, HopRow(row_id, Hop.UNKNOWN, None, None), created_ns)
             else:
-                self.hops.add(row_id, row, created_ns)
+                self._add(self.hops, row_id, row, created_ns)
         self.vips.retire(self.vips.by_id, now_ns)
         self.hops.retire((hop_id for hop_id, row in self.hops.by_id.items() if not row.is_remainder), now_ns)
         self._next_id = last_id + 1

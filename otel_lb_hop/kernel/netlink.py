@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import socket
+import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ ARPHRD_ETHER = 1
 INGRESS_PARENT = "ffff:fff2"
 EGRESS_PARENT = "ffff:fff3"
 _UNICAST, _LOCAL = 1, 2
+_TCA_BPF_ID = 11
 _MAIN_TABLE, _LOCAL_TABLE = 254, 255
 _IPV4_BITS = 96
 """How many bits more an IPv4 prefix has as one of mapped addresses."""
@@ -85,7 +87,7 @@ class Netlink:
             if error.code != errno.EEXIST:
                 raise
         ours = [message for message in self._filters(ifindex, parent) if _filter_name(message) == name]
-        if ours and ours[0].get_attr("TCA_OPTIONS").get_attr("TCA_BPF_ID") == bpf.program_id(fd):
+        if ours and filter_program(ours[0]) == bpf.program_id(fd):
             return
         place = {"handle": ours[0]["handle"], "prio": ours[0]["info"] >> 16} if ours else {"prio": 1}
         command = "replace-filter" if ours else "add-filter"
@@ -120,6 +122,16 @@ class Netlink:
 def _filter_name(message: Any) -> str | None:  # noqa: ANN401 - a pyroute2 message
     options = message.get_attr("TCA_OPTIONS")
     return options.get_attr("TCA_BPF_NAME") if options else None
+
+
+def filter_program(message: Any) -> int | None:  # noqa: ANN401 - a pyroute2 message
+    """Tell the id of the program of a filter; pyroute2 0.9.7 does not know the attribute."""
+    for name, value in message.get_attr("TCA_OPTIONS")["attrs"]:
+        if name == "TCA_BPF_ID":
+            return int(value)
+        if name == "UNKNOWN" and value["header"]["type"] == _TCA_BPF_ID:
+            return int.from_bytes(value.data[value.offset + 4 : value.offset + 8], sys.byteorder)
+    return None
 
 
 def _has_gateway(route: Any) -> bool:  # noqa: ANN401 - a pyroute2 message

@@ -11,6 +11,7 @@ The kernel frees what has neither a name nor a process that holds it: to unlink 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 
 NOTES = "notes"
 _PROGRAM, _LINK = "program_", "link_"
+_BESIDE = "_new"
 _GENERATION = re.compile(r"v[0-9]+_[0-9a-f]{8}")
 _MOUNTS = Path("/proc/self/mountinfo")
 
@@ -97,9 +99,11 @@ class Pins:
         return self._folder / f"{_LINK}{ifindex}_{program}"
 
     def _pin(self, name: str, fd: int) -> None:
-        path = self._folder / name
-        path.unlink(missing_ok=True)
-        bpf.pin(fd, path)
+        """Give it a name in one step: there is no moment at which neither it nor what had the name before is pinned."""
+        beside = self._folder / f"{name}{_BESIDE}"
+        beside.unlink(missing_ok=True)
+        bpf.pin(fd, beside)
+        beside.rename(self._folder / name)
 
 
 class PinFolder:
@@ -148,13 +152,17 @@ class PinFolder:
         return len(gone)
 
     def remove(self) -> None:
-        """Take off everything, the folder too."""
+        """Take off everything, the folder too unless it has something of others or is where the bpffs is mounted."""
         self.remove_except(None)
-        self.path.rmdir()
+        try:
+            self.path.rmdir()
+        except OSError as error:
+            if error.errno not in {errno.ENOTEMPTY, errno.EBUSY}:
+                raise
         os.close(self._lock_fd)
 
     def _generations(self) -> list[Path]:
-        return [path for path in self.path.iterdir() if _GENERATION.fullmatch(path.name)]
+        return [path for path in self.path.iterdir() if _GENERATION.fullmatch(path.name) and path.is_dir()]
 
 
 class Pinning(NamedTuple):

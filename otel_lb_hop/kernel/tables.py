@@ -59,7 +59,7 @@ class Snapshot(NamedTuple):
 
 
 class Inheritance(NamedTuple):
-    """What an agent before this one left: the rows by id, and an id below which all may have been used."""
+    """What an agent before this one left: the rows by id, and the highest id that was ever used."""
 
     names: dict[int, Name]
     last_id: int
@@ -89,6 +89,7 @@ class KernelTables:
         self._hop_ids: set[int] = set()
         self.forgotten = Rows(0, 0)
         """What rows that are gone had counted."""
+        self._last_forgotten = 0
 
     def adopt(self) -> Inheritance:
         """Find out what the kernel holds from an agent before, and finish what that one had begun.
@@ -98,29 +99,40 @@ class KernelTables:
         loaded = self._loaded
         journal = unpack_journal(loaded.notes.get(_id(JOURNAL)) or pack_journal(Journal(0, 0)))
         self._carry_out(journal)
-        names: dict[int, Name] = {}
-        for key, raw in loaded.names.items():
-            try:
-                names[_number(key)] = unpack_name(raw)
-            except WireError as error:
-                log.warning("%s; its counters are lost", error)
+        names, unread = self._read_names()
+        found_vips = set(map(_number, loaded.vip_stats.keys()))
+        found_hops = set(map(_number, loaded.hop_stats.keys()))
+        last_id = max([journal.last_id, *names, *unread, *found_vips, *found_hops], default=0)
         vip_ids = {number for number, name in names.items() if isinstance(name.identity, VipRow)}
         hop_ids = {
             number
             for number, (identity, _) in names.items()
             if number in vip_ids or (isinstance(identity, HopRow) and identity.vip_id in vip_ids)
         }
-        _make_rows(loaded.vip_stats, vip_ids)
-        _make_rows(loaded.hop_stats, hop_ids)
-        self._vip_ids, self._hop_ids = vip_ids, set(hop_ids)
-        for number in names.keys() - hop_ids:
-            loaded.names.delete(_id(number))
-            del names[number]
+        # Nobody can tell any more whose counters these are.
+        for number in found_vips - vip_ids:
+            self._forget(number, is_vip=True)
+        for number in (found_hops | names.keys() | unread) - hop_ids:
+            self._forget(number, is_vip=False)
+            names.pop(number, None)
+        self._vip_ids, self._hop_ids = found_vips & vip_ids, found_hops & hop_ids
         self._vip_ports = set(loaded.vip_ports.keys())
         self._backends = set(loaded.backends.keys())
         uplinks = loaded.uplinks.get(_id(0))
         self._uplinks = frozenset(UPLINKS.unpack(uplinks) if uplinks else ()) - {0}
-        return Inheritance(names, max([journal.removed, *names], default=0))
+        return Inheritance(names, last_id)
+
+    def _read_names(self) -> tuple[dict[int, Name], set[int]]:
+        """Read whose counters the rows hold; answers also the ids of those that cannot be read."""
+        names: dict[int, Name] = {}
+        unread: set[int] = set()
+        for key, raw in self._loaded.names.items():
+            try:
+                names[_number(key)] = unpack_name(raw)
+            except WireError as error:
+                log.warning("%s; its counters begin anew", error)
+                unread.add(_number(key))
+        return names, unread
 
     @property
     def vip_ports(self) -> AbstractSet[bytes]:
@@ -173,36 +185,45 @@ class KernelTables:
 
     def forget(self, gone: Gone, topology: Topology) -> None:
         """Remove rows. What they had counted goes into the rows named, or stands in `forgotten`."""
+        # A VIP port goes before its hops: should they be left to the next agent, that one has nobody to give them to.
+        # The other way round the VIP port could come back without what its hops had counted.
+        for vip_id in gone.vip_ids:
+            self._forget(vip_id, is_vip=True)
         for hop_id, into in gone.hops:
             if into and into not in self._hop_ids:
-                self._add_hop_row(into, topology)
+                self._put_name(into, topology)
             self._forget(hop_id, is_vip=False, into=into)
-        for vip_id in gone.vip_ids:
-            self._forget(vip_id, is_vip=True, into=0)
 
-    def _forget(self, number: int, *, is_vip: bool, into: int) -> None:
+    def _forget(self, number: int, *, is_vip: bool, into: int = 0) -> None:
         """Write down what is to be done, then do it: whoever is killed in between leaves it to the next agent."""
         table = self._loaded.vip_stats if is_vip else self._loaded.hop_stats
         raw = table.get(_id(number))
         counted, merged = Rows(0, 0), bytes(8 * HOP_STATS_WORDS)
-        if raw and into:
+        if raw is None:
+            into = 0  # it never found room
+        elif into:
             merged = add_cpus(raw, self._loaded.hop_stats.get(_id(into)) or b"", HOP_STATS_WORDS)
-        elif raw:
+        else:
             counted = count_rows([unpack_vip_stats(raw)] if is_vip else [], [] if is_vip else [unpack_hop_stats(raw)])
-        journal = Journal(*self.forgotten.plus(counted), number, is_vip, into, merged)
+        last_id = max(self._last_forgotten, number)
+        journal = Journal(*self.forgotten.plus(counted), last_id, number, is_vip, into, merged)
         self._loaded.notes.put(_id(JOURNAL), pack_journal(journal))
         self._carry_out(journal)
         (self._vip_ids if is_vip else self._hop_ids).discard(number)
+        if into:
+            self._hop_ids.add(into)
 
     def _carry_out(self, journal: Journal) -> None:
         loaded, key = self._loaded, _id(journal.removed)
-        self.forgotten = Rows(journal.connections, journal.verdicts)
-        if journal.into:
-            loaded.hop_stats.put(_id(journal.into), journal.merged)
+        self.forgotten, self._last_forgotten = Rows(journal.connections, journal.verdicts), journal.last_id
+        if not journal.removed:
+            return
         (loaded.vip_stats if journal.is_vip else loaded.hop_stats).delete(key)
-        # The row of a VIP port's unknown backends goes before the VIP port's own, whose name it shares.
-        if loaded.vip_stats.get(key) is None:
-            loaded.names.delete(key)
+        if journal.into:
+            # Only now: in a full map it takes the room of the one that went.
+            _insist(lambda into: loaded.hop_stats.put(into, journal.merged), _id(journal.into), REFILL_SECONDS)
+        # Of a VIP port's own hop row it is the VIP port's, which went before.
+        loaded.names.delete(key)
 
     def usage(self) -> dict[str, tuple[int, int]]:
         """Entries and limit of each table."""
@@ -216,14 +237,16 @@ class KernelTables:
         }
 
     def _add_vip_row(self, number: int, topology: Topology) -> None:
-        self._put_name(number, topology)
-        self._loaded.vip_stats.put(_id(number), b"")
-        self._vip_ids.add(number)
+        if number not in self._vip_ids:
+            self._loaded.vip_stats.put(_id(number), b"")
+            self._put_name(number, topology)
+            self._vip_ids.add(number)
 
     def _add_hop_row(self, number: int, topology: Topology) -> None:
-        self._put_name(number, topology)
-        self._loaded.hop_stats.put(_id(number), b"")
-        self._hop_ids.add(number)
+        if number not in self._hop_ids:
+            self._loaded.hop_stats.put(_id(number), b"")
+            self._put_name(number, topology)
+            self._hop_ids.add(number)
 
     def _put_name(self, number: int, topology: Topology) -> None:
         try:
@@ -281,15 +304,6 @@ class KernelTables:
         """Read one event counter."""
         raw = self._loaded.events.get(_id(event))
         return sum_cpus(raw, 1)[0] if raw else 0
-
-
-def _make_rows(table: Map, numbers: AbstractSet[int]) -> None:
-    """Let a table have exactly these rows. A row and its name do not come and go at the same moment."""
-    found = set(map(_number, table.keys()))
-    for number in found - numbers:
-        table.delete(_id(number))
-    for number in numbers - found:
-        table.put(_id(number), b"")
 
 
 def _read(table: Map, numbers: AbstractSet[int], unpack: Callable[[bytes], _Stats]) -> dict[int, _Stats]:

@@ -39,7 +39,7 @@ def datagram_costs() -> Iterator[Row]:
         vip_port(End.of(VIP4, WITHOUT_ENDPOINTS), transport=Transport.UDP),
     )
     topology.replace(Cluster(vip_ports), 1)
-    tables.apply(topology.tables)
+    tables.apply(topology)
     program = loaded.programs["lbh_conntrack"]
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     with closing(Crossing()) as crossing:

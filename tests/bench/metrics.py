@@ -89,7 +89,7 @@ def _exporter(vip_ports: int) -> Iterator[tuple[KernelTables, Callable[[], list[
         tables, topology = KernelTables(loaded), Topology(NODES[0])
         topology.replace(Cluster(tuple(map(_vip_port, range(vip_ports)))), 1)
         wait_for("all rows in the kernel", lambda: _written(tables, topology), 60)
-        builder = MetricsBuilder(topology, NODES[0], 1)
+        builder = MetricsBuilder(topology, NODES[0], 1, 1)
         resource = {"service.name": semconv.SERVICE_NAME}
         envelope = Envelope(resource, semconv.SCOPE_NAME, __version__, semconv.SCHEMA_URL)
 
@@ -105,7 +105,7 @@ def _exporter(vip_ports: int) -> Iterator[tuple[KernelTables, Callable[[], list[
 
 def _written(tables: KernelTables, topology: Topology) -> bool:
     try:
-        tables.apply(topology.tables)
+        tables.apply(topology)
     except OSError:
         return False  # the kernel fills its reserve of memory for rows a moment later
     return True

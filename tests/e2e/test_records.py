@@ -81,7 +81,7 @@ def test_failures_go_before(lab: Lab) -> None:
     assert sorted(truth.clients_of(failed)) == sorted(refused)
     assert {record.attributes["error.type"] for record in failed} == {"refused"}
     assert sum(span.status == STATUS_ERROR for span in collector.spans()) == len(refused)
-    seen, told, dropped, in_flight = agent.accounts()["kernel"]
+    seen, told, dropped, in_flight, _ = agent.accounts()["kernel"]
     assert (seen, in_flight) == (2 * MANY + len(refused), 0)
     assert told == len(collector.logs()) == len(collector.spans())
     assert dropped.keys() == {"rate"}

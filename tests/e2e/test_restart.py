@@ -258,9 +258,10 @@ def test_uninstall_leaves_nothing(lab: Lab, agents: Agents, pins: Path) -> None:
     assert [len(each) for each in hooked] == [1] * len(indexes)
     assert agents.uninstall() == f"{pins}: programs, links and counters removed\n"
     assert pinned_in(pins.parent) == []
+    # The kernel frees a link a moment after its name.
+    wait_for("the end of its BPF programs", lambda: not programs.still_loaded(agent.programs))
     for hook in (BPF_TCX_INGRESS, BPF_TCX_EGRESS):
         assert [node.in_netns(partial(programs.attached, index, hook)) for index in indexes] == [[]] * len(indexes)
-    wait_for("the end of its BPF programs", lambda: not programs.still_loaded(agent.programs))
     assert agents.uninstall() == "nothing was left on this node\n"
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 NEW = 1 << 8 | 0
 """NFNL_SUBSYS_CTNETLINK and IPCTNL_MSG_CT_NEW."""
 CREATE_EXCLUSIVELY = 0x600
+MULTI = 2
 ORIGINAL, REPLY, STATUS, ID, ZONE = 1, 2, 3, 12, 18
 """CTA_TUPLE_ORIG and so on."""
 IP, PROTO, TUPLE_ZONE = 1, 2, 3
@@ -67,12 +68,19 @@ def message(
     family: int | None = None,
     between: bytes = b"",
     zone: bytes = b"",
+    listed: bool = False,
+    entry: int | None = 7,
 ) -> bytes:
-    """Write the message about a new connection; `between` stands between its tuples, `zone` in the original one."""
+    """Write the message about a new connection; `between` stands between its tuples, `zone` in the original one.
+
+    `listed`: as a part of a list that was asked for. `entry`: the entry's id, if it says one.
+    """
+    flags |= MULTI * listed
     if family is None:
         family = socket.AF_INET if is_ipv4(original.source.address) else socket.AF_INET6
     content = packed_tuple(ORIGINAL, original, transport, zone=zone) + between + packed_tuple(REPLY, reply, transport)
-    content += attribute(ID, b"\0\0\0\7") + attribute(STATUS, b"\0\0\1\x88")
+    content += b"" if entry is None else attribute(ID, entry.to_bytes(4, "big"))
+    content += attribute(STATUS, b"\0\0\1\x88")
     return HEAD.pack(HEAD.size + len(content), kind, flags, 0, port_id, family, 0, 0) + content
 
 

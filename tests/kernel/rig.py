@@ -163,8 +163,8 @@ class Rig:
         """Whether what comes in on Ethernet is watched by XDP."""
         self.uplink, self.pod, self.peer = namespace.uplink, namespace.pod, namespace.far_uplink
         self.ring = Ring(loaded.records_fd)
-        inner = _maps_of(loaded.programs["lbh_sweep"])
-        datagrams = _maps_of(loaded.programs["lbh_datagram"])
+        inner = maps_of(loaded.programs["lbh_sweep"])
+        datagrams = maps_of(loaded.programs["lbh_datagram"])
         self._inner_fds = [*inner.values(), *datagrams.values()]
         self.flows = Map(datagrams["datagram_flows"], FLOW.size, 8)
         sizes = loaded.sizes
@@ -191,7 +191,8 @@ class Rig:
         self._record_due.put(zero, b"")
         self._cursor.put(zero, b"")
         loaded = self.loaded
-        for table in (loaded.vip_ports, loaded.backends, loaded.vip_stats, loaded.hop_stats, loaded.places, self.flows):
+        rows = (loaded.vip_stats, loaded.hop_stats, loaded.names)
+        for table in (loaded.vip_ports, loaded.backends, *rows, loaded.places, self.flows, loaded.told_flows):
             for key in list(table.keys()):
                 table.delete(key)
         for event in Event:
@@ -326,12 +327,13 @@ def counts_of(snapshot: Snapshot) -> Counter[object]:
 def close(loaded: Loaded) -> None:
     """Let go of the programs and maps that were loaded."""
     maps = (loaded.vip_ports, loaded.backends, loaded.vip_stats, loaded.hop_stats, loaded.places, loaded.uplinks)
-    fds = [each.fd for each in (*maps, loaded.settings, loaded.events)]
+    others = (loaded.settings, loaded.events, loaded.told_flows, loaded.names, loaded.notes)
+    fds = [each.fd for each in (*maps, *others)]
     for fd in (*loaded.programs.values(), *fds, loaded.records_fd):
         os.close(fd)
 
 
-def _maps_of(program_fd: int) -> dict[str, int]:
+def maps_of(program_fd: int) -> dict[str, int]:
     """Open the maps of a program by their names: also those that the agent has no business with."""
     ids = (ctypes.c_uint32 * 32)()
     info = ctypes.create_string_buffer(64)

@@ -10,6 +10,7 @@ import pytest
 from otel_lb_hop.core.layout import HOP_STATS_WORDS, MAX_UPLINKS, UPLINKS, VIP_KEY, VIP_VALUE, Event, unpack_hop_stats
 from otel_lb_hop.kernel.bpf import Map, possible_cpus, run_program
 from otel_lb_hop.kernel.loader import PROGRAMS
+from otel_lb_hop.model import Hop
 from tests.kernel.packets import End
 from tests.kernel.requirements import needs_kernel
 from tests.kernel.rig import UNSPEC, in_threads, vip_port
@@ -134,13 +135,16 @@ def test_tables_are_brought_to_what_is_wanted(rig: Rig) -> None:
     # What went from a VIP port that stays lingers.
     assert rig.tables.usage()["backends"][0] == len(list(rig.loaded.backends.keys())) == 1
     rig.topology.forget_endpoints(1)
-    rig.tables.apply(rig.topology.tables)
+    rig.tables.apply(rig.topology)
     assert list(rig.loaded.backends.keys()) == []
     assert len(list(rig.loaded.vip_stats.keys())) == 2
     assert len(rig.snapshot().hops) == 4
-    rig.tables.keep_rows(rig.topology.rows(1 << 62))
+    rig.tables.forget(rig.topology.forget_rows(1 << 62, 2), rig.topology)
     assert len(list(rig.loaded.vip_stats.keys())) == len(rig.snapshot().vips) == 1
-    assert len(list(rig.loaded.hop_stats.keys())) == len(rig.snapshot().hops) == 1
+    # The VIP port's own row, and the remainder: what had gone to the forgotten row of its backend.
+    assert len(list(rig.loaded.hop_stats.keys())) == len(rig.snapshot().hops) == 2
+    (remainder,) = [row for row in rig.topology.hops.by_id.values() if row.is_remainder]
+    assert (remainder.hop, remainder.node) == (Hop.REQUIRED, None)
 
 
 def test_uplinks_come_and_go(rig: Rig) -> None:

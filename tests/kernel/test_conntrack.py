@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import struct
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -15,7 +16,8 @@ from otel_lb_hop.core.interfaces import find_places, find_uplinks, gateway_links
 from otel_lb_hop.core.layout import Event, Verdict
 from otel_lb_hop.errors import KernelError
 from otel_lb_hop.kernel import conntrack
-from otel_lb_hop.kernel.conntrack import ConntrackSocket, events_problem
+from otel_lb_hop.kernel.bpf import run_program
+from otel_lb_hop.kernel.conntrack import ConntrackSocket, events_problem, list_entries
 from otel_lb_hop.kernel.hooks import Hooks
 from otel_lb_hop.kernel.netlink import Netlink
 from otel_lb_hop.model import Transport, VipPort
@@ -74,6 +76,24 @@ def crossing(_crossing: Crossing, rig: Rig) -> Iterator[Crossing]:
         hears = ConntrackSocket(rig.loaded.programs["lbh_conntrack"])
     yield _crossing
     hears.close()
+
+
+@pytest.fixture
+def deaf(_crossing: Crossing, rig: Rig) -> Crossing:
+    """Give a test client, node and pod, while nobody hears of connections."""
+    _crossing.forget()
+    with _crossing.entered():
+        _note_places(rig)
+    return _crossing
+
+
+def count_listed(rig: Rig, crossing: Crossing, *, tcp: bool = False) -> int:
+    """Count what the node's conntrack has, as an agent does that begins; answers how many entries were handed over."""
+    with crossing.entered():
+        messages = list(list_entries(rig.tables.vip_ports if tcp else rig.tables.datagram_ports))
+    for each in messages:
+        assert run_program(rig.loaded.programs["lbh_conntrack"], each)[0] == 0
+    return len(messages)
 
 
 def _note_places(rig: Rig) -> None:
@@ -273,6 +293,117 @@ def _hooked(rig: Rig, *, datagrams: bool = False) -> Iterator[None]:
     finally:
         hooks.close()
         netlink.close()
+
+
+@FAMILIES
+def test_flows_that_began_while_nobody_listened(rig: Rig, deaf: Crossing, client: str, vip: str, pod: str) -> None:
+    """They are counted from a list, once, as if they had been heard of; what goes elsewhere is not asked about."""
+    translated, untranslated = serve(rig, vip, pod)
+    deaf.datagrams(deaf.client, client, PORTS[:23], End.of(vip, TRANSLATED))
+    deaf.datagrams(deaf.pod, pod, PORTS[:7], End.of(vip, TRANSLATED))
+    deaf.datagrams(deaf.client, client, PORTS[:5], End.of(vip, UNTRANSLATED))
+    deaf.datagrams(deaf.client, client, PORTS[:3], End.of(pod, TARGET + 7))
+    deaf.ping(pod)
+    assert totals(rig) == (0, 0, 0)
+    for _ in range(2):
+        assert count_listed(rig, deaf) == 35
+        assert totals(rig) == (35, 30, 5)
+    assert rig.vip(translated.vip_id).connections == (7, 23)
+    assert rig.vip(untranslated.vip_id).connections == (0, 5)
+    assert rig.hop(translated.hops["none", "node1"]).forwarded == (7, 23)
+    records = rig.records()
+    assert {record.client for record in records} == {End.of(client, 0).address, End.of(pod, 0).address}
+    assert len({(record.client, record.client_port, record.vip_id) for record in records}) == len(records) == 35
+    assert rig.event(Event.CONNTRACK_UNREAD) == 0
+
+
+@FAMILIES
+def test_flows_that_were_heard_of_are_not_counted_from_a_list(
+    rig: Rig, deaf: Crossing, client: str, vip: str, pod: str
+) -> None:
+    """An agent heard of the first, nobody of the next, and the last began while the list was read: each counts once."""
+    serve(rig, vip, pod)
+    end = End.of(vip, TRANSLATED)
+    with deaf.entered():
+        hears = ConntrackSocket(rig.loaded.programs["lbh_conntrack"])
+    deaf.datagrams(deaf.client, client, PORTS[:11], end)
+    assert settle(rig, 11) == (11, 11, 0)
+    hears.close()
+    deaf.datagrams(deaf.client, client, PORTS[11:23], end)
+    with deaf.entered():
+        hears = ConntrackSocket(rig.loaded.programs["lbh_conntrack"])
+    deaf.datagrams(deaf.client, client, PORTS[23:40], end)
+    try:
+        assert settle(rig, 28) == (28, 28, 0)
+        assert count_listed(rig, deaf) == 40
+        assert totals(rig) == (40, 40, 0)
+        # What goes on in flows that are known is no news.
+        deaf.datagrams(deaf.client, client, PORTS[:40], end)
+        deaf.datagrams(deaf.client, client, PORTS[40:43], end)
+        assert settle(rig, 43) == (43, 43, 0)
+        assert count_listed(rig, deaf) == 43
+        assert totals(rig) == (43, 43, 0)
+    finally:
+        hears.close()
+
+
+@FAMILIES
+def test_a_flow_that_is_told_a_moment_after_it_was_listed(
+    rig: Rig, deaf: Crossing, client: str, vip: str, pod: str
+) -> None:
+    """The kernel's news of a real entry, after the same entry was read: one connection, in either order."""
+    serve(rig, vip, pod)
+    deaf.datagrams(deaf.client, client, PORTS[:1], End.of(vip, TRANSLATED))
+    with deaf.entered():
+        (listed,) = list_entries(rig.tables.datagram_ports)
+    flags = 14 + 6
+    assert listed[flags : flags + 2] == struct.pack("=H", 0x602)
+    news = listed[:flags] + struct.pack("=H", 0x600) + listed[flags + 2 :]
+    for message in (listed, news, listed):
+        run_program(rig.loaded.programs["lbh_conntrack"], message)
+        assert totals(rig) == (1, 1, 0)
+
+
+@FAMILIES
+def test_tcp_is_left_out_of_a_list(rig: Rig, deaf: Crossing, client: str, vip: str, pod: str) -> None:
+    """Entries of TCP are not asked about, or, with the node's own calls, only those count."""
+    backend = (End.of(pod, TARGET), "node1")
+    end = End.of(vip, TRANSLATED)
+    rig.serve(*(vip_port(end, backend, transport=each) for each in (Transport.TCP, Transport.UDP)))
+    node = NODE6 if ":" in vip else NODE4
+    # Put in by hand: the kernel forgets a refused call at once.
+    for number, source in enumerate([client] * 2 + [pod] * 3 + [node] * 4):
+        port = str(20_000 + number)
+        original = ["-s", source, "-d", vip, "--sport", port, "--dport", str(TRANSLATED)]
+        reply = ["-r", pod, "-q", node, "--reply-port-src", str(TARGET), "--reply-port-dst", port]
+        deaf.conntrack("-I", "-p", "tcp", *original, *reply, "-t", "600", "--state", "ESTABLISHED")
+    deaf.datagrams(deaf.client, client, PORTS[:5], end)
+    assert count_listed(rig, deaf) == 5
+    assert totals(rig) == (5, 5, 0)
+    assert count_listed(rig, deaf, tcp=True) == 14
+    assert totals(rig) == (5, 5, 0)
+    rig.tables.set_settings(EVERYTHING._replace(own_calls=1))
+    assert count_listed(rig, deaf, tcp=True) == 14
+    assert totals(rig) == (9, 9, 0)
+    assert len(rig.records()) == 9
+
+
+def test_a_long_list(rig: Rig, deaf: Crossing) -> None:
+    """It comes in many parts, of which none is left out."""
+    serve(rig, VIP4, POD4)
+    deaf.datagrams(deaf.client, CLIENT4, PORTS[:3_000], End.of(VIP4, TRANSLATED))
+    assert count_listed(rig, deaf) == 3_000
+    assert totals(rig) == (3_000, 3_000, 0)
+
+
+def test_an_empty_list(rig: Rig, deaf: Crossing) -> None:
+    """Nothing in conntrack, or no VIP port, is no entry."""
+    serve(rig, VIP4, POD4)
+    assert count_listed(rig, deaf) == 0
+    deaf.datagrams(deaf.client, CLIENT4, PORTS[:3], End.of(VIP4, TRANSLATED))
+    with deaf.entered():
+        assert list(list_entries(set())) == []
+        assert len(list(list_entries(rig.tables.datagram_ports))) == 3
 
 
 @FAMILIES

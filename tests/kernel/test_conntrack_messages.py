@@ -265,7 +265,9 @@ class Compared:
         rig.serve(*(vip_port(vip, transport=Transport(transport)) for vip, transport in sorted(self.vip_ports)))
 
     def hear(self, data: bytes) -> None:
-        """Give a message to both."""
+        """Give a message to both; what was told of its entry before does not matter here."""
+        for key in list(self.rig.loaded.told_flows.keys()):
+            self.rig.loaded.told_flows.delete(key)
         self.rig.hear(data)
         try:
             told = ctnetlink.read(data, lambda original, transport: (original.destination, transport) in self.vip_ports)
@@ -373,6 +375,65 @@ def test_no_counters(rig: Rig) -> None:
     rig.hear(message(*FLOW4))
     assert rig.event(Event.NO_ROW) == 1
     assert rig.records() == []
+
+
+NEWS, LIST = False, True
+
+
+@FAMILIES
+@pytest.mark.parametrize(
+    ("heard", "counted"),
+    [
+        ([(LIST, 7)], 1),
+        ([(LIST, None)], 1),
+        ([(LIST, 7), (LIST, 7)], 1),
+        ([(LIST, None), (LIST, None)], 1),
+        ([(NEWS, 7), (LIST, 7)], 1),
+        ([(NEWS, 7), (LIST, 7), (LIST, 7)], 1),
+        ([(LIST, 7), (NEWS, 7)], 1),  # told a moment after it was read
+        ([(NEWS, 7), (NEWS, 7)], 2),  # the kernel tells once of an entry: this is another one
+        ([(NEWS, 7), (NEWS, 8), (LIST, 8)], 2),
+        ([(NEWS, 7), (LIST, 8)], 2),  # the flow began again while nobody listened
+        ([(LIST, 7), (NEWS, 8)], 2),
+        ([(LIST, 7), (LIST, 0xFFFFFFFF), (LIST, 0xFFFFFFFF)], 2),
+    ],
+)
+def test_listed(rig: Rig, flow: tuple[Tuple, Tuple], heard: list[tuple[bool, int | None]], counted: int) -> None:
+    """An entry is counted once, whether it was heard of, read in a list, or both; another of the same flow again."""
+    serve(rig, flow)
+    for listed, entry in heard:
+        rig.hear(message(*flow, listed=listed, entry=entry))
+    assert totals(rig) == (counted, counted, 0)
+    assert len(rig.records()) == counted
+    # Another client's flow is another.
+    other = flow[0]._replace(source=flow[0].source._replace(port=4001))
+    rig.hear(message(other, flow[1], listed=True, entry=heard[-1][1]))
+    assert totals(rig) == (counted + 1, counted + 1, 0)
+
+
+@pytest.mark.parametrize(("age_ms", "counted"), [(0, 0), (150, 0), (250, 1), (40_000, 1)])
+def test_told_long_after_it_was_read(rig: Rig, age_ms: int, counted: int) -> None:
+    """News of an entry are late by a moment at most: what comes later is of another one, whatever its id."""
+    serve(rig)
+    rig.hear(message(*FLOW4, listed=True))
+    key = FLOW.pack(CLIENT4.address, VIP4.address, b"\x0f\xa0", b"\0\x35", UDP)
+    told = rig.loaded.told_flows.get(key)
+    assert told is not None
+    read_ns, entry = struct.unpack("=Q4s4x", told)
+    assert (read_ns > 0, entry) == (True, b"\0\0\0\7")
+    rig.loaded.told_flows.put(key, struct.pack("=Q4s4x", read_ns - age_ms * 1_000_000, entry))
+    rig.hear(message(*FLOW4))
+    assert totals(rig)[0] == 1 + counted
+
+
+def test_listed_tcp(rig: Rig) -> None:
+    """Of TCP only the node's own calls are counted, and only if asked for, listed or not."""
+    serve(rig, transport=Transport.TCP)
+    for own_calls, place, counted in ((0, Place.THIS_NODE, 0), (1, Place.INSIDE, 0), (1, Place.THIS_NODE, 1)):
+        rig.tables.set_settings(EVERYTHING._replace(own_calls=own_calls))
+        rig.places.set({Prefix(HOST, CLIENT4.address): place})
+        rig.hear(message(*FLOW4, TCP, listed=True))
+        assert totals(rig) == (counted, counted, 0)
 
 
 @pytest.mark.parametrize(("age_ms", "counted"), [(0, 0), (150, 0), (250, 1), (40_000, 1)])

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
 
-from otel_lb_hop.kernel import bpf
-from otel_lb_hop.kernel.hooks import Hooks
-from otel_lb_hop.kernel.netlink import INGRESS_PARENT, Monitor
+from otel_lb_hop.kernel import bpf, loader
+from otel_lb_hop.kernel.hooks import Hooks, remove_filters
+from otel_lb_hop.kernel.loader import PROGRAMS
+from otel_lb_hop.kernel.netlink import EGRESS_PARENT, INGRESS_PARENT, Monitor, Netlink, filter_program
+from otel_lb_hop.kernel.pins import Pins
 from otel_lb_hop.model import Transport
 from tests.bench.measure import empty_program
 from tests.kernel.packets import ethernet, ipv4
 from tests.kernel.requirements import needs_kernel
-from tests.kernel.rig import vip_port
+from tests.kernel.rig import maps_of, vip_port
 from tests.kernel.test_datagrams import udp
 from tests.kernel.test_devices import sender
 from tests.kernel.test_parser import CLIENT4, VIP4, syn4
+from tests.lab.bpffs import bpffs
 from tests.lab.programs import attached
+from tests.lab.waiting import wait_for
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
     from otel_lb_hop.core.interfaces import Link
-    from otel_lb_hop.kernel.netlink import Netlink
     from tests.kernel.rig import Rig
 
 pytestmark = [pytest.mark.root, needs_kernel]
@@ -150,6 +161,157 @@ def test_clsact_beside_a_foreign_filter(rig: Rig, netlink: Netlink) -> None:
         assert "foreign" in rest
     finally:
         said("tc", "qdisc", "del", "dev", "uplink", "clsact")
+
+
+def filters(netlink: Netlink, interface: int, parent: str = INGRESS_PARENT) -> dict[str, tuple[int, int, int]]:
+    """Give handle, priority and program of each filter on one side of an interface, by name."""
+    found = {}
+    for message in netlink._filters(interface, parent):
+        program = filter_program(message)
+        assert program is not None
+        found[message.get_attr("TCA_OPTIONS").get_attr("TCA_BPF_NAME")] = (
+            message["handle"], message["info"] >> 16, program,
+        )  # fmt: skip
+    return found
+
+
+def test_clsact_filters_are_taken_over(rig: Rig, netlink: Netlink) -> None:
+    """With the same programs they are not touched; other programs take their places; nobody else's is moved."""
+    foreign, other = empty_program(), empty_program()
+    programs = rig.loaded.programs
+    netlink.add_filter(rig.uplink, INGRESS_PARENT, foreign, "foreign")
+    try:
+        hooks_of(rig, netlink, tcx=False).reconcile(links_named(netlink, "uplink"))  # never closed: killed
+        before = [filters(netlink, rig.uplink, parent) for parent in (INGRESS_PARENT, EGRESS_PARENT)]
+        assert [each.keys() for each in before] == [{"foreign", "lbh_ingress"}, {"lbh_egress"}]
+        assert before[0]["lbh_ingress"][2] == bpf.program_id(programs["lbh_ingress"])
+        hooks = hooks_of(rig, netlink, tcx=False)
+        hooks.reconcile(links_named(netlink, "uplink"))
+        assert [filters(netlink, rig.uplink, parent) for parent in (INGRESS_PARENT, EGRESS_PARENT)] == before
+        changed = Hooks({**programs, "lbh_ingress": other}, netlink, tcx=False)
+        changed.reconcile(links_named(netlink, "uplink"))
+        after = [filters(netlink, rig.uplink, parent) for parent in (INGRESS_PARENT, EGRESS_PARENT)]
+        assert after == [
+            before[0] | {"lbh_ingress": (*before[0]["lbh_ingress"][:2], bpf.program_id(other))},
+            before[1],
+        ]
+        hooks.close()
+        assert filters(netlink, rig.uplink).keys() == {"foreign"}
+        assert filters(netlink, rig.uplink)["foreign"] == before[0]["foreign"]
+    finally:
+        said("tc", "qdisc", "del", "dev", "uplink", "clsact")
+        for fd in (foreign, other):
+            os.close(fd)
+
+
+@contextmanager
+def second_build(rig: Rig) -> Iterator[dict[str, int]]:
+    """Load the programs once more, on the same maps."""
+    given = {}
+    for program in rig.loaded.programs.values():
+        for name, fd in maps_of(program).items():
+            if name in given:
+                os.close(fd)
+            else:
+                given[name] = fd
+    made, _ = loader._compile(loader._recipe(rig.loaded.sizes, xdp=True), rig.loaded.state.hash_secrets, given)
+    try:
+        yield {name: made[name] for name in PROGRAMS}
+    finally:
+        for fd in {*made.values(), *given.values()}:
+            os.close(fd)
+
+
+def test_no_packet_passes_while_programs_are_exchanged(rig: Rig, netlink: Netlink) -> None:
+    """SYNs come in all the time while one program takes another's place again and again: each is counted, and once."""
+    (marked,) = rig.serve(vip_port(VIP4))
+    sent: list[int] = []
+    enough = threading.Event()
+
+    def send() -> None:
+        with rig.namespace.entered(), sender("far_uplink") as out:
+            while not enough.is_set():
+                out(ethernet(syn4()))
+                sent.append(len(sent))
+                if len(sent) % 100 == 0:  # what waits in the device is dropped if it is too much
+                    wait_for("what was sent", lambda: rig.vip(marked.vip_id).connections[1] >= len(sent))
+
+    with second_build(rig) as other, ThreadPoolExecutor(1) as pool:
+        programs = [rig.loaded.programs["lbh_ingress"], other["lbh_ingress"]]
+        netlink.add_filter(rig.uplink, INGRESS_PARENT, programs[0], "lbh_ingress")
+        try:
+            place = filters(netlink, rig.uplink)["lbh_ingress"][:2]
+            sending = pool.submit(send)
+            exchanged = 0
+            while (exchanged < 300 or len(sent) < 1_000) and not sending.done():
+                exchanged += 1
+                program = programs[exchanged % 2]
+                netlink.add_filter(rig.uplink, INGRESS_PARENT, program, "lbh_ingress")
+                assert filters(netlink, rig.uplink) == {"lbh_ingress": (*place, bpf.program_id(program))}
+            enough.set()
+            sending.result()
+            assert (exchanged >= 300, len(sent) >= 1_000) == (True, True)
+            assert wait_for_connections(rig, marked.vip_id, len(sent)) == len(sent)
+        finally:
+            enough.set()
+            said("tc", "qdisc", "del", "dev", "uplink", "clsact")
+
+
+def test_filters_are_removed_from_all_interfaces(rig: Rig, netlink: Netlink) -> None:
+    """Ours go, whoever attached them; a foreign one stays where it is, and so does its qdisc."""
+    foreign = empty_program()
+    netlink.add_filter(rig.uplink, INGRESS_PARENT, foreign, "foreign")
+    netlink.add_filter(rig.peer, EGRESS_PARENT, foreign, "lbh")  # not quite ours
+    hooks_of(rig, netlink, tcx=False).reconcile(links_named(netlink, "uplink", "pod"), datagrams=True)
+    try:
+        assert remove_filters(PROGRAMS, netlink) == 2
+        assert filters(netlink, rig.uplink).keys() == {"foreign"}
+        assert filters(netlink, rig.peer, EGRESS_PARENT).keys() == {"lbh"}
+        shown = said("tc", "qdisc", "show")
+        assert shown.count("clsact") == 2
+        assert "clsact" not in said("tc", "qdisc", "show", "dev", "pod")
+        assert remove_filters(PROGRAMS, netlink) == 0
+    finally:
+        for name in ("uplink", "far_uplink"):
+            said("tc", "qdisc", "del", "dev", name, "clsact")
+        os.close(foreign)
+
+
+@pytest.fixture
+def pins(tmp_path: Path) -> Iterator[Pins]:
+    """Give a test a folder to pin in."""
+    with bpffs(tmp_path / "bpf") as mounted:
+        yield Pins(mounted)
+        for path in mounted.glob("link_*"):
+            path.unlink()
+
+
+def test_pinned_links_go_on_and_are_taken_over(rig: Rig, netlink: Netlink, pins: Pins) -> None:
+    """Closed hooks count on; the next agent's have the same links, and let go of what it does not watch."""
+    (marked,) = rig.serve(vip_port(VIP4))
+    programs = rig.loaded.programs
+    hooks = Hooks(programs, netlink, pins, tcx=True)
+    hooks.reconcile(links_named(netlink, "uplink", "pod", "far_pod"), datagrams=True)
+    hooks.close()
+    send_syns()
+    assert wait_for_connections(rig, marked.vip_id, SENT) == SENT
+    watched = attached(rig.uplink, bpf.BPF_TCX_INGRESS)
+    assert sorted(watched) == sorted(bpf.program_id(programs[name]) for name in ("lbh_ingress", "lbh_datagram"))
+    hooks = Hooks(programs, netlink, pins, tcx=True)
+    hooks.reconcile(links_named(netlink, "uplink", "pod"))
+    # The kernel takes a link off a moment after its name has gone.
+    left = [bpf.program_id(programs["lbh_ingress"])]
+    wait_for("the end of a link", lambda: attached(rig.uplink, bpf.BPF_TCX_INGRESS) == left)
+    far_pod = socket.if_nametoindex("far_pod")
+    wait_for("the end of a link", lambda: attached(far_pod, bpf.BPF_TCX_INGRESS) == [])
+    send_syns()
+    assert wait_for_connections(rig, marked.vip_id, 2 * SENT) == 2 * SENT
+    hooks.reconcile(links_named(netlink, "pod"))
+    wait_for("the end of a link", lambda: attached(rig.uplink, bpf.BPF_TCX_INGRESS) == [])
+    hooks.close()
+    assert len(attached(rig.pod, bpf.BPF_TCX_EGRESS)) == 1
+    pins.unpin_links_except([])
+    wait_for("the end of a link", lambda: attached(rig.pod, bpf.BPF_TCX_EGRESS) == [])
 
 
 @BOTH_WAYS

@@ -6,20 +6,21 @@ import contextlib
 import logging
 import os
 import signal
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from otel_lb_hop import __version__, agent, cli
 from otel_lb_hop.errors import ConfigError, KernelError, Problem
+from otel_lb_hop.ops import uninstall
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from concurrent.futures import Future
-    from pathlib import Path
 
     from otel_lb_hop.config import Config
-    from otel_lb_hop.kernel.loader import Loaded, Sizes
+    from otel_lb_hop.kernel.loader import Sizes
+    from otel_lb_hop.kernel.pins import Pinning
     from otel_lb_hop.ops.logs import LineKeeper
     from otel_lb_hop.ops.stop import Stop
 
@@ -34,7 +35,7 @@ class FakeAgent:
     last: FakeAgent | None = None
 
     def __init__(
-        self, config: Config, environ: Mapping[str, str], loading: Future[Loaded], stop: Stop, lines: LineKeeper
+        self, config: Config, environ: Mapping[str, str], loading: object, stop: Stop, lines: LineKeeper
     ) -> None:
         self.config = config
         self.environ = environ
@@ -56,8 +57,8 @@ class FakeAgent:
         self.stopped = self.stop.wait(10)
 
 
-begun: list[tuple[Sizes, bool]] = []
-"""What was told to be loaded: how large, and whether with the program for XDP."""
+begun: list[tuple[Sizes, Pinning, bool]] = []
+"""What was told to be loaded, where to be pinned, and whether with the program for XDP."""
 
 
 @pytest.fixture(autouse=True)
@@ -66,8 +67,9 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in [name for name in os.environ if name.startswith("OTEL_")]:
         monkeypatch.delenv(name)
     monkeypatch.setattr(agent, "Agent", FakeAgent)
-    monkeypatch.setattr(cli, "begin_loading", lambda sizes, *, xdp: begun.append((sizes, xdp)))
+    monkeypatch.setattr(cli, "begin_loading", lambda sizes, pinning, *, xdp: begun.append((sizes, pinning, xdp)))
     monkeypatch.setattr(cli, "least", contextlib.nullcontext)  # the tests after this one keep their rights
+    monkeypatch.setenv("OTEL_LB_HOP_PIN_PATH", "off")
     monkeypatch.setattr(FakeAgent, "last", None)
     begun.clear()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -118,7 +120,7 @@ def test_run_ends_by_signal(number: signal.Signals, monkeypatch: pytest.MonkeyPa
     assert cli.main(["run"]) == 0
     assert FakeAgent.last is not None
     assert (FakeAgent.last.stopped, FakeAgent.last.config.node_name) == (True, "node7")
-    assert [(sizes.ring_pages, xdp) for sizes, xdp in begun] == [(128, False)]
+    assert [(sizes.ring_pages, pinning, xdp) for sizes, pinning, xdp in begun] == [(128, (None, None), False)]
 
 
 @pytest.mark.usefixtures("vips_file")
@@ -127,7 +129,96 @@ def test_loads_what_the_hook_needs(hook: str, xdp: bool, monkeypatch: pytest.Mon
     """The program for XDP is loaded where uplinks are to be watched by it."""
     monkeypatch.setenv("OTEL_LB_HOP_HOOK", hook)
     assert cli.main(["run"]) == 0
-    assert [each for _, each in begun] == [xdp]
+    assert [each for *_, each in begun] == [xdp]
+
+
+@pytest.mark.usefixtures("vips_file")
+def test_pins_are_claimed_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing can be pinned the agent runs all the same, and has the reason."""
+    monkeypatch.setenv("OTEL_LB_HOP_PIN_PATH", str(tmp_path / "pins"))
+    assert cli.main(["run"]) == 0
+    ((_, pinning, _),) = begun
+    assert pinning.folder is None
+    assert "and not on a bpffs" in str(pinning.problem)
+    assert not (tmp_path / "pins").exists()
+
+
+@pytest.mark.usefixtures("vips_file")
+def test_another_agent_counts_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Then this one does not begin: no compiler, no agent, exit code 1."""
+
+    def refuse(path: Path) -> None:
+        raise KernelError(f"another agent counts here, it holds {path}")
+
+    monkeypatch.setattr(cli, "claim", refuse)
+    monkeypatch.setenv("OTEL_LB_HOP_PIN_PATH", "/pins")
+    assert cli.main(["run"]) == 1
+    assert capsys.readouterr() == ("", "otel-lb-hop: another agent counts here, it holds /pins\n")
+    assert (begun, FakeAgent.last) == ([], None)
+
+
+@pytest.mark.parametrize(
+    ("done", "said"),
+    [
+        ([], "nothing was left on this node\n"),
+        (["/pins: programs, links and counters removed", "filters removed from 2 interfaces"],
+         "/pins: programs, links and counters removed\nfilters removed from 2 interfaces\n"),
+    ],
+)  # fmt: skip
+def test_uninstall(
+    done: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It needs no other setting than where agents pin, heeds no wrong one, and says line by line what it did."""
+    asked: list[Path | None] = []
+
+    def take_off(path: Path | None) -> list[str]:
+        asked.append(path)
+        return done
+
+    monkeypatch.setattr(uninstall, "uninstall", take_off)
+    monkeypatch.setenv("OTEL_LB_HOP_LISTEN", "nonsense")
+    for path in ("/pins", "off", ""):
+        monkeypatch.setenv("OTEL_LB_HOP_PIN_PATH", path)
+        assert cli.main(["uninstall"]) == 0
+        assert capsys.readouterr() == (said, "")
+    assert asked == [Path("/pins"), None, Path("/sys/fs/bpf/otel-lb-hop")]
+    assert (begun, FakeAgent.last) == ([], None)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KernelError("another agent counts here"), 1, "otel-lb-hop: another agent counts here\n"),
+        (
+            PermissionError(1, "Operation not permitted"),
+            1,
+            f"otel-lb-hop: the system refused: [Errno 1] {os.strerror(1)}\n",
+        ),
+    ],
+)
+def test_uninstall_fails(
+    error: Exception, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What stands in its way is said without a traceback."""
+
+    def refuse(_: Path | None) -> list[str]:
+        raise error
+
+    monkeypatch.setattr(uninstall, "uninstall", refuse)
+    assert cli.main(["uninstall"]) == code
+    assert capsys.readouterr() == ("", said)
+
+
+def test_uninstall_with_a_wrong_path(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A path that is none ends with 2, and nothing is touched."""
+    monkeypatch.setenv("OTEL_LB_HOP_PIN_PATH", "here")
+    assert cli.main(["uninstall"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        "otel-lb-hop: the configuration is wrong:",
+        "OTEL_LB_HOP_PIN_PATH: read 'here', accepted: an absolute path on a bpffs, or off",
+    ]
 
 
 def test_bad_settings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

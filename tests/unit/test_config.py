@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from otel_lb_hop.config import PREFIX, SETTINGS, STANDARD, ApiConfig, Config, SignalConfig, closest_setting
+from otel_lb_hop.config import (
+    PREFIX,
+    SETTINGS,
+    STANDARD,
+    ApiConfig,
+    Config,
+    SignalConfig,
+    closest_setting,
+    pin_path_of,
+)
 from otel_lb_hop.errors import ConfigError, Problem
 from otel_lb_hop.model import Policy
 
@@ -54,6 +63,7 @@ def test_defaults() -> None:
     assert config.queue_bytes == 33_554_432
     assert config.listen == ("127.0.0.1", 9465)
     assert config.log_level == "info"
+    assert config.pin_path == Path("/sys/fs/bpf/otel-lb-hop")
     assert (config.metrics, config.logs, config.traces) == (signal, signal, signal)
     assert (config.metric_export_interval_ms, config.metric_export_timeout_ms) == (60000, 30000)
     assert config.sdk_disabled is False
@@ -155,6 +165,7 @@ def test_listen(text: str, listen: tuple[str, int] | None) -> None:
         ("VIPS_FILE", ["vips.yaml", "/a b/c"], [Path("vips.yaml"), Path("/a b/c")]),
         ("HOOK", ["tc", "XDP", "xdp-Generic"], ["tc", "xdp", "xdp-generic"]),
         ("CONNTRACK", ["auto", "On", "off"], ["auto", "on", "off"]),
+        ("PIN_PATH", ["off", "OFF", "/a/b", "/off"], [None, None, Path("/a/b"), Path("/off")]),
         ("EXTERNAL_IPS", ["true", "False"], [True, False]),
         ("POD_NAME", ["otel-lb-hop-x7k2p"], ["otel-lb-hop-x7k2p"]),
         ("POD_NAMESPACE", ["monitoring"], ["monitoring"]),
@@ -219,6 +230,7 @@ def test_sampler(sampler: str, argument: str, ratio: float) -> None:
         ("OTEL_LB_HOP_EXTERNAL_IPS", ["yes", "1"]),
         ("OTEL_LB_HOP_HOOK", ["tcx", "xdpgeneric", "xdp,tc"]),
         ("OTEL_LB_HOP_CONNTRACK", ["true", "always"]),
+        ("OTEL_LB_HOP_PIN_PATH", ["on", "bpf/otel-lb-hop", "./x", "none"]),
         ("OTEL_LB_HOP_POD_NAME", ["two words"]),
         ("OTEL_METRICS_EXPORTER", ["otlp,none", "none,otlp", "otlp,", "a b", "none,none", "/"]),
         ("OTEL_LOGS_EXPORTER", ["otlp,None"]),
@@ -288,7 +300,7 @@ def test_bad_hostname() -> None:
 
 def test_all_problems_together() -> None:
     """Every bad setting is reported at once, each once."""
-    free = {"OTEL_SDK_DISABLED", "OTEL_LB_HOP_INTERFACES", "OTEL_LB_HOP_UPLINKS"}
+    free = {"OTEL_SDK_DISABLED", "OTEL_LB_HOP_INTERFACES", "OTEL_LB_HOP_UPLINKS", "OTEL_LB_HOP_PIN_PATH"}
     bad = dict.fromkeys((name for name in NAMES if name not in BASE and name not in free), "/ /")
     assert sorted(problem.name for problem in refused(BASE | bad)) == sorted(bad)
 
@@ -378,3 +390,27 @@ def test_nothing_but_config_error(environ: dict[str, str], hostname: str) -> Non
     assert {problem.name for problem in problems} <= set(NAMES)
     if not problems:
         Config.from_environ(environ, hostname).interfaces.matches("eth0")
+
+
+@pytest.mark.parametrize(
+    ("environ", "path"),
+    [
+        ({}, Path("/sys/fs/bpf/otel-lb-hop")),
+        ({"OTEL_LB_HOP_PIN_PATH": ""}, Path("/sys/fs/bpf/otel-lb-hop")),
+        ({"OTEL_LB_HOP_PIN_PATH": " /run/bpf/x "}, Path("/run/bpf/x")),
+        ({"OTEL_LB_HOP_PIN_PATH": "off"}, None),
+        ({"OTEL_LB_HOP_PIN_PATH": "off", "OTEL_LB_HOP_LISTEN": "here", "OTEL_LB_HOP_RECORD_RATIO": "7"}, None),
+    ],
+)
+def test_pin_path_alone(environ: dict[str, str], path: Path | None) -> None:
+    """Where agents pin is read without all else: without a VIP file, and with other settings that are wrong."""
+    assert pin_path_of(environ) == path
+
+
+def test_pin_path_alone_is_refused() -> None:
+    """A path that is none is told as it would be together with the others."""
+    with pytest.raises(ConfigError) as caught:
+        pin_path_of({"OTEL_LB_HOP_PIN_PATH": "here"})
+    assert caught.value.problems == (
+        Problem("OTEL_LB_HOP_PIN_PATH", "here", "an absolute path on a bpffs, or off"),
+    )  # fmt: skip

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 START = 1_700_000_000 * SECOND
 TCP = Transport.TCP
+MANY = 3 * feed_module.ENDPOINTS_PER_STEP
 SYNCED = State(synced=True, contact_ns=START)
 NODES = [Change(Kind.NODES, ("", name), Node(name, zone)) for name, zone in ((NODE, "zone-a"), ("node2", "zone-b"))]
 
@@ -149,6 +150,21 @@ def test_changes_come_in_steps() -> None:
     assert steps == -(-(1_000 + 2 * 900) // feed_module.ENDPOINTS_PER_STEP)
 
 
+def test_complete_once_the_last_step_is_taken() -> None:
+    """Before that, a VIP port that no source has named yet may still be named."""
+    scene = Scene(*[service(f"s{number}", f"10.0.{number // 250}.{number % 250}") for number in range(MANY)], *NODES)
+    scene.api.sync(*Kind)
+    told = []
+    while scene.update():
+        told.append((scene.feed.begun, scene.feed.complete))
+    assert set(told) == {(False, False)}
+    assert len(told) > 1
+    assert (scene.feed.begun, scene.feed.complete, scene.topology.watched) == (True, True, MANY)
+    scene.api.queue = [service(f"t{number}", f"10.1.{number // 250}.{number % 250}") for number in range(MANY)]
+    assert scene.update()
+    assert scene.feed.complete  # once for all: later news is no first word
+
+
 def test_a_long_queue_is_drained_before_the_first_word() -> None:
     """What a list has queued is taken in full before anything of it is told."""
     slices = [SLICE._replace(key=("default", f"web-{number}")) for number in range(feed_module.CHANGES_PER_STEP)]
@@ -254,13 +270,28 @@ def test_file_and_api_server(tmp_path: Path) -> None:
     scene = Scene(service(), SLICE, *NODES)
     feed = Feed(watcher, scene.api, Inventory(frozenset(Policy), external_ips=True))  # type: ignore[arg-type]
     feed.update(scene.topology, START)
-    assert (feed.begun, scene.topology.watched) == (True, 2)
+    assert (feed.begun, feed.complete, scene.topology.watched) == (True, False, 2)
     assert feed.states(scene.topology, START)["vips_file"] == SourceState(None, None)
     scene.api.sync(*Kind)
     feed.update(scene.topology, START)
-    assert scene.topology.watched == 2
+    assert (feed.complete, scene.topology.watched) == (True, 2)
     assert [(each.namespace, each.reason) for each in scene.topology.skipped] == [
         ("file", "default/web has this VIP port")
     ]
     feed.close()
     assert scene.api.closed
+
+
+def test_a_file_alone_is_complete_once_it_was_read(tmp_path: Path) -> None:
+    """A file that names nothing has said so."""
+    path = tmp_path / "vips.yaml"
+    path.write_text("services: []\n")
+    watcher = FileWatcher(FileSource(path), lambda: None)
+    feed = Feed(watcher, None, Inventory(frozenset(Policy), external_ips=True))
+    topology = Topology(NODE, START)
+    feed.update(topology, START)
+    assert (feed.begun, feed.complete) == (False, False)
+    watcher.read()
+    feed.update(topology, START)
+    assert (feed.begun, feed.complete) == (True, True)
+    feed.close()

@@ -15,13 +15,14 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 from opentelemetry.sdk.resources import Resource
 
 from otel_lb_hop import __version__, semconv
-from otel_lb_hop.core.layout import BUCKETS, Event, Histogram, HopStats, Unforwarded, VipStats
+from otel_lb_hop.core.layout import Event, HopStats, VipStats
 from otel_lb_hop.core.ledger import Stage
-from otel_lb_hop.core.topology import KEEP_RETIRED_NS, Topology
+from otel_lb_hop.core.topology import KEEP_RETIRED_NS
 from otel_lb_hop.export import otlp_metrics, sdk_metrics
 from otel_lb_hop.export.metrics import MetricsBuilder, SelfReport, Usage
 from otel_lb_hop.export.wire import Envelope
-from otel_lb_hop.model import Hop, Policy, Transport
+from otel_lb_hop.model import Policy, Transport
+from tests.unit.fake_kernel import Kernel, unpack_words
 from tests.unit.samples import (
     CLUSTERS,
     LOCAL,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 START = 1_700_000_000 * SECOND
 NOW = START + 60 * SECOND
 AGENT_START = START - 5 * SECOND
+COUNTING_START = START - 3_600 * SECOND
 VIP_ATTRIBUTES = {
     "k8s.namespace.name": "default",
     "k8s.service.name": "web",
@@ -85,10 +87,14 @@ Point = tuple[dict[str, Any], int, Any]
 class Exporter:
     """A topology and its builder."""
 
-    def __init__(self, state: Cluster) -> None:
-        self.topology = Topology(NODE)
+    def __init__(self, state: Cluster, kernel: Kernel | None = None) -> None:
+        """With a kernel, its topology is used, and counters come from its rows."""
+        self.kernel = kernel or Kernel()
+        self.topology = self.kernel.topology
         self.topology.replace(state, START)
-        self.builder = MetricsBuilder(self.topology, NODE, AGENT_START)
+        if kernel:
+            kernel.write()
+        self.builder = MetricsBuilder(self.topology, NODE, AGENT_START, COUNTING_START)
 
     def chunks(
         self,
@@ -109,6 +115,17 @@ class Exporter:
     ) -> dict[str, Metric]:
         """Build one export; gives its metrics by name."""
         return metrics_of(self.chunks(vips, hops, report, now_ns))
+
+    def export(self) -> dict[str, Metric]:
+        """Build one export of what the kernel has counted."""
+        vips, hops, _ = self.kernel.tables.snapshot()
+        return self.build(vips, hops)
+
+    def go_over_to(self, state: Cluster, now_ns: int) -> None:
+        """Take over another state, and forget the rows that are not of it, as if they had long been out of use."""
+        self.kernel.take(state, now_ns)
+        self.kernel.forget(now_ns, now_ns)
+        self.kernel.write()
 
 
 def decoded(chunks: Iterable[Chunk]) -> ExportMetricsServiceRequest:
@@ -319,7 +336,7 @@ def test_kinds_units_and_temporality(web: Exporter) -> None:
 
 
 def test_start_times() -> None:
-    """A point starts with its row; what is summed over rows starts with the VIP port; our own with the agent."""
+    """A point starts with its row, a sum over rows with the VIP port, the rest with the counting or with the agent."""
     made = Exporter(cluster(vip_port(REMOTE)))
     later = START + 7 * SECOND
     made.topology.replace(cluster(vip_port(REMOTE, LOCAL)), later)
@@ -332,8 +349,8 @@ def test_start_times() -> None:
     assert starts == {"dropped": START, "required": START, "avoidable": later}
     for name in ("lb_hop.syn.retransmits", "lb_hop.handshake.failures", "lb_hop.forward.duration"):
         assert [start for _, start, _ in points(metrics[name])] == [START]
-    for name in ("lb_hop.events.dropped", "process.cpu.time"):
-        assert {start for _, start, _ in points(metrics[name])} == {AGENT_START}
+    for name, start in (("lb_hop.events.dropped", COUNTING_START), ("process.cpu.time", AGENT_START)):
+        assert {each for _, each, _ in points(metrics[name])} == {start}
     for name in ("lb_hop.vip.ports", "lb_hop.endpoints", "lb_hop.connections.pending"):
         assert {start for _, start, _ in points(metrics[name])} == {0}
 
@@ -359,31 +376,58 @@ def test_retired_rows_are_still_told() -> None:
     assert [value for _, value in beyond(metrics["lb_hop.handshake.failures"])] == [1]
 
 
-def test_carry_over_keeps_a_sum_from_falling(web: Exporter) -> None:
-    """What a forgotten row had counted stays in the sum of its hop class, and is told even with no row left."""
-    gone = hop_stats(refused=5, timeout=1, reply_unseen=2, forward=histogram(7_000, b1=2), handshake=histogram(9, b0=9))
-    here = hop_stats(refused=1, forward=histogram(1_000, b1=1, b3=1))
-    before = web.build({}, {3: gone, 4: here})
-    web.builder.carry_over(1, Hop.AVOIDABLE, gone)
-    after = web.build({}, {4: here})
-    for name in ("lb_hop.handshake.failures", "lb_hop.replies.unseen", "lb_hop.forward.duration"):
-        assert points(after[name]) == points(before[name])
-    assert points(web.build()["lb_hop.handshake.duration"]) == points(before["lb_hop.handshake.duration"])
-    web.builder.carry_over(1, Hop.AVOIDABLE, here)  # a second row of the class adds to the first
-    assert points(web.build()["lb_hop.handshake.failures"]) == points(before["lb_hop.handshake.failures"])
+_SUMS = ("lb_hop.handshake.failures", "lb_hop.replies.unseen", "lb_hop.forward.duration", "lb_hop.handshake.duration")
 
 
-def test_carry_goes_with_its_vip_port() -> None:
-    """A VIP port that is forgotten takes its carry along; one that comes back starts at zero with a new start."""
-    made = Exporter(cluster(vip_port(REMOTE)))
-    made.builder.carry_over(1, Hop.REQUIRED, hop_stats(refused=5))
-    made.topology.replace(cluster(), NOW)
-    made.topology.rows(NOW)
+def test_a_forgotten_row_keeps_a_sum_from_falling() -> None:
+    """What a gone node's row had counted stays in the sum of its hop class, also for the next agent."""
+    kernel = Kernel()
+    made = Exporter(cluster(vip_port(LOCAL, REMOTE, SECOND_REMOTE)), kernel)
+    # refused, timeout, reply_unseen; sum and buckets of the forward time, and of the handshake's
+    kernel.count_in_hop(3, 0, 8, 0, 5, 1, 2, 0, 7_000, 0, 2, *[0] * 20, 9, 9, *[0] * 21)
+    kernel.count_in_hop(4, 0, 1, 0, 1, 0, 0, 0, 1_000, 0, 1, 0, 1, *[0] * 18, 0, 1, *[0] * 21)
+    avoidable = {"lb_hop.hop": "avoidable"}
+    sums = {
+        "lb_hop.handshake.failures": [
+            (avoidable | {"error.type": "refused"}, 6),
+            (avoidable | {"error.type": "timeout"}, 1),
+        ],
+        "lb_hop.replies.unseen": [(avoidable, 2)],
+        "lb_hop.forward.duration": [(avoidable, (8e-6, (0, 3, 0, 1, *[0] * 18)))],
+        "lb_hop.handshake.duration": [(avoidable, (9e-9, (10, *[0] * 21)))],
+    }
+    nodes = [each.get("destination.k8s.node.name") for each, _ in beyond(made.export()["lb_hop.connections"])]
+    assert nodes == ["node1", "node2", "node3"]
+    for state, left in ((vip_port(LOCAL, SECOND_REMOTE), ["node1", "node3"]), (vip_port(LOCAL), ["node1"])):
+        made.go_over_to(cluster(state), NOW)
+        assert {name: beyond(made.export()[name]) for name in _SUMS} == sums
+        # By node it is told no more: that series ended with its row.
+        connections = beyond(made.export()["lb_hop.connections"])
+        assert [each.get("destination.k8s.node.name") for each, _ in connections] == left
+    for now in (NOW, NOW + SECOND):
+        kernel.begin_anew()
+        kernel.adopt(now)
+        made = Exporter(cluster(vip_port(LOCAL)), kernel)
+        assert {name: beyond(made.export()[name]) for name in _SUMS} == sums
+        assert {start for name in _SUMS for _, start, _ in points(made.export()[name])} == {START}
+
+
+def test_what_forgotten_rows_counted_goes_with_its_vip_port() -> None:
+    """A VIP port that is forgotten takes all its sums along; one that comes back starts at zero with a new start."""
+    kernel = Kernel()
+    made = Exporter(cluster(vip_port(LOCAL, REMOTE)), kernel)
+    kernel.count_in_hop(3, 0, 5, 0, 5)
+    made.go_over_to(cluster(vip_port(LOCAL)), NOW)
+    assert [value for _, _, value in points(made.export()["lb_hop.handshake.failures"])] == [5]
+    made.go_over_to(cluster(), NOW)
     later = NOW + KEEP_RETIRED_NS + SECOND
-    made.topology.replace(cluster(vip_port(REMOTE)), later)
-    ((_, hop_id),) = [made.topology.hops.by_id.keys()]
-    metrics = made.build({}, {hop_id: hop_stats(refused=1)}, now_ns=later)
-    assert [(start, value) for _, start, value in points(metrics["lb_hop.handshake.failures"])] == [(later, 1)]
+    made.go_over_to(cluster(vip_port(LOCAL, REMOTE)), later)
+    assert "lb_hop.handshake.failures" not in made.export()
+    kernel.count_in_hop(max(kernel.rows[1]), 0, 1, 0, 1)
+    assert [(start, value) for _, start, value in points(made.export()["lb_hop.handshake.failures"])] == [(later, 1)]
+
+
+IN_RING = ("ring", "lb_hop.records.seen")
 
 
 def self_told(metrics: Mapping[str, Metric]) -> dict[str, dict[str, Any]]:
@@ -393,7 +437,10 @@ def self_told(metrics: Mapping[str, Metric]) -> dict[str, dict[str, Any]]:
         told[name] = {}
         for attributes, start_ns, value in points(metric):
             assert attributes.pop("k8s.node.name") == "node1"
-            assert start_ns == (0 if kind(metric) == "gauge" else AGENT_START)
+            # What the kernel counts of itself goes on through restarts, and so does what came into the ring.
+            stage = attributes.get("lb_hop.stage")
+            by_kernel = name == "lb_hop.events.dropped" or stage == "kernel" or (stage, name) == IN_RING
+            assert start_ns == (0 if kind(metric) == "gauge" else COUNTING_START if by_kernel else AGENT_START)
             told[name]["/".join(str(attributes[key]) for key in sorted(attributes))] = value
     return told
 
@@ -594,41 +641,18 @@ def test_nothing_to_tell_is_no_chunk() -> None:
     assert "lb_hop.connections" not in Exporter(cluster()).build()
 
 
-def _random_histogram(random: Random, last: Histogram) -> Histogram:
-    buckets = list(last.buckets)
-    buckets[random.randrange(BUCKETS)] += random.randrange(3)
-    return Histogram.of(last.sum_ns + random.randrange(10**6), buckets)
-
-
-def _grown_hop(random: Random, last: HopStats) -> HopStats:
-    names = set(HopStats._fields) - {"forwarded", "forward", "handshake"}
-    counts = {name: getattr(last, name) + random.randrange(3) for name in sorted(names)}
-    forwarded = last.forwarded[0] + random.randrange(2), last.forwarded[1] + random.randrange(3)
-    times: dict[str, Any] = {name: _random_histogram(random, getattr(last, name)) for name in ("forward", "handshake")}
-    return HopStats(forwarded, **counts, **times)
-
-
-def _grown_vip(random: Random, last: VipStats) -> VipStats:
-    reasons = [tuple(count + random.randrange(2) for count in row) for row in last.unforwarded]
-    assert len(reasons[0]) == len(Unforwarded)
-    return VipStats((0, 0), (reasons[0], reasons[1]), last.retransmits + random.randrange(3))
-
-
-class _Kernel:
-    """Counters that only grow, for the rows that the topology keeps, as kernel/tables.py has them."""
-
-    def __init__(self) -> None:
-        self.vips: dict[int, VipStats] = {}
-        self.hops: dict[int, HopStats] = {}
-
-    def go_on(self, exporter: Exporter, random: Random, now_ns: int) -> None:
-        """Count something in each row; rows that are forgotten go over into the carry, as in agent.py."""
-        hop_rows = dict(exporter.topology.hops.by_id)
-        rows = exporter.topology.rows(now_ns - KEEP_RETIRED_NS)
-        for hop_id in self.hops.keys() - rows.hop_ids:
-            exporter.builder.carry_over(hop_rows[hop_id].vip_id, hop_rows[hop_id].hop, self.hops[hop_id])
-        self.vips = {each: _grown_vip(random, self.vips.get(each, vip_stats())) for each in rows.vip_ids}
-        self.hops = {each: _grown_hop(random, self.hops.get(each, hop_stats())) for each in rows.hop_ids}
+def _go_on(kernel: Kernel, random: Random, now_ns: int) -> None:
+    """Write and forget what there is, as the agent does, and count something in each row that can count."""
+    kernel.write()
+    kernel.forget(now_ns - KEEP_RETIRED_NS, now_ns)
+    kernel.write()
+    for number in kernel.rows[0]:
+        old = unpack_words(kernel.vip_stats, number)
+        kernel.count_in_vip(number, 0, 0, *(word + random.randrange(3) for word in old[2:]))
+    for number in kernel.rows[1]:
+        if not kernel.topology.hops.by_id[number].is_remainder:
+            old = unpack_words(kernel.hop_stats, number)
+            kernel.count_in_hop(number, *(word + random.randrange(3) for word in old))
 
 
 REPORT = SelfReport(
@@ -643,16 +667,20 @@ def test_any_history(steps: list[tuple[int, Cluster]], random: Random) -> None:
 
     And the bytes say what the SDK's encoder makes of the same points in the SDK's classes.
     """
-    exporter, kernel, now = Exporter(cluster()), _Kernel(), START
+    kernel, now = Kernel(), START
+    for each in (*kernel.maps.values(), kernel.names):
+        each.limit = 1_000
+    exporter = Exporter(cluster(), kernel)
     last: dict[tuple[str, frozenset[tuple[str, Any]]], tuple[int, list[float]]] = {}
     for seconds, state in steps:
         now += seconds * SECOND
         exporter.topology.replace(state, now)
-        kernel.go_on(exporter, random, now)
-        chunks = exporter.chunks(kernel.vips, kernel.hops, REPORT, now)
+        _go_on(kernel, random, now)
+        vips, hops, _ = kernel.tables.snapshot()
+        chunks = exporter.chunks(vips, hops, REPORT, now)
         metrics = metrics_of(chunks)
         assert metrics.keys() <= SEMCONV
-        data = sdk_metrics.make_data(exporter.builder.build(kernel.vips, kernel.hops, REPORT), SDK_RESOURCE, now)
+        data = sdk_metrics.make_data(exporter.builder.build(vips, hops, REPORT), SDK_RESOURCE, now)
         assert decoded(chunks) == encode_metrics(data)
         told = {
             (name, frozenset(attributes.items())): (start, [value] if isinstance(value, (int, float)) else value[1])
@@ -671,7 +699,8 @@ def test_any_history(steps: list[tuple[int, Cluster]], random: Random) -> None:
             assert start >= before_start
             assert start > before_start or all(a >= b for a, b in zip(values, before, strict=True))
         last = told
-        forwarded = sum(sum(stats.forwarded) for stats in kernel.hops.values())
-        lost = sum(sum(map(sum, stats.unforwarded)) for stats in kernel.vips.values())
+        rows = exporter.topology.hops.by_id
+        forwarded = sum(sum(stats.forwarded) for number, stats in hops.items() if not rows[number].is_remainder)
+        lost = sum(sum(map(sum, stats.unforwarded)) for stats in vips.values())
         connections = points(metrics["lb_hop.connections"]) if "lb_hop.connections" in metrics else []
         assert sum(value for _, _, value in connections) == forwarded + lost

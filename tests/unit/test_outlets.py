@@ -210,7 +210,7 @@ def test_metrics(name: str) -> None:
     report = SelfReport((0,) * len(Event), (), 1, 0.0, {}, {}, Usage(0.0, 0.0, 0))
     sink = KeepingSink(name)
     way = MetricsOutlet(sink, 1.0, RESOURCE)
-    way.offer(MetricsBuilder(topology, NODE, 1).build(vips, hops, report), 5)
+    way.offer(MetricsBuilder(topology, NODE, 1, 1).build(vips, hops, report), 5)
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not sink.chunks and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -3,125 +3,15 @@
 from __future__ import annotations
 
 import errno
-import itertools
-import struct
-import sys
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from otel_lb_hop.core.layout import HOP_STATS_WORDS, VIP_STATS_WORDS, VIP_VALUE
-from otel_lb_hop.core.topology import Pending, Topology
-from otel_lb_hop.kernel.tables import BATCH_ROWS, KernelTables
+from otel_lb_hop.core.ledger import Rows
+from otel_lb_hop.core.topology import HopGone, Pending
+from otel_lb_hop.kernel.tables import BATCH_ROWS
 from otel_lb_hop.model import Cluster
-from tests.unit.samples import LOCAL, NODE, REMOTE, backend, cluster, hop_stats, vip_port, vip_stats
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from otel_lb_hop.kernel.loader import Loaded
-
-ROOM = 100
-
-
-class Map:
-    """A map of the kernel with a limit, whose writes stand in a journal."""
-
-    def __init__(self, name: str, journal: list[str], value_size: int) -> None:
-        self.entries: dict[bytes, bytes] = {}
-        self.limit = ROOM
-        self.puts_without_memory = 0
-        self.refuses_deletes = False
-        self._name = name
-        self._journal = journal
-        self.value_size = value_size
-        self.batch_entries: int | None = None
-
-    def get(self, key: bytes) -> bytes | None:
-        """Read one value."""
-        return self.entries.get(key)
-
-    def items(self) -> Iterator[tuple[bytes, bytes]]:
-        """Read all entries; where only so many come by batch, the kernel refuses then."""
-        yield from itertools.islice(self.entries.items(), self.batch_entries)
-        if self.batch_entries is not None:
-            raise OSError(errno.EINVAL, "Invalid argument")
-
-    def put(self, key: bytes, value: bytes) -> None:
-        """Write one value, as kernel/bpf/hashtab.c: a key that is there can be written in a full map too."""
-        if key not in self.entries and len(self.entries) >= self.limit:
-            raise OSError(errno.E2BIG, "Argument list too long")
-        if self.puts_without_memory:
-            self.puts_without_memory -= 1
-            raise OSError(errno.ENOMEM, "Cannot allocate memory")
-        self._journal.append(f"{self._name} put")
-        self.entries[key] = value.ljust(self.value_size, b"\0")
-
-    def delete(self, key: bytes) -> None:
-        """Remove one key; one that is not there is no error."""
-        if self.refuses_deletes:
-            raise OSError(errno.EBUSY, "Device or resource busy")
-        self._journal.append(f"{self._name} delete")
-        self.entries.pop(key, None)
-
-
-class Kernel:
-    """The maps, a topology and the writer between them."""
-
-    def __init__(self, **limits: int) -> None:
-        self.journal: list[str] = []
-        self.vip_ports = Map("vip_ports", self.journal, VIP_VALUE.size)
-        self.backends = Map("backends", self.journal, 4)
-        self.vip_stats = Map("vip_stats", self.journal, 8 * VIP_STATS_WORDS)
-        self.hop_stats = Map("hop_stats", self.journal, 8 * HOP_STATS_WORDS)
-        self.maps = {
-            "vip_ports": self.vip_ports,
-            "backends": self.backends,
-            "vip_stats": self.vip_stats,
-            "hop_stats": self.hop_stats,
-        }
-        for name, limit in limits.items():
-            self.maps[name].limit = limit
-        events = Map("events", self.journal, 8)
-        sizes = SimpleNamespace(vip_ports=11, backends=22, hops=33)
-        self.tables = KernelTables(cast("Loaded", SimpleNamespace(**self.maps, events=events, sizes=sizes)))
-        self.topology = Topology(NODE)
-
-    def take(self, state: Cluster) -> list[str]:
-        """Give the topology a new state and write it; answers what was done in which order, each kind once in a row."""
-        self.topology.replace(state, 1)
-        return self.write()
-
-    def write(self) -> list[str]:
-        """Write what is pending; answers what was done."""
-        self.journal.clear()
-        self.tables.apply(self.topology.tables)
-        return self.done
-
-    @property
-    def done(self) -> list[str]:
-        """What was done since the last write began."""
-        return [what for what, _ in itertools.groupby(self.journal)]
-
-    @property
-    def holds(self) -> tuple[dict[bytes, bytes], dict[bytes, bytes]]:
-        """The tables that the programs read."""
-        return self.vip_ports.entries, self.backends.entries
-
-    @property
-    def wanted(self) -> tuple[dict[bytes, bytes], dict[bytes, bytes]]:
-        """The tables that the topology wants."""
-        return self.topology.tables.vip_ports, self.topology.tables.backends
-
-    @property
-    def rows(self) -> tuple[set[int], set[int]]:
-        """The ids that have counters."""
-        vips, hops = (
-            [int.from_bytes(key, sys.byteorder) for key in m.entries] for m in (self.vip_stats, self.hop_stats)
-        )
-        return set(vips), set(hops)
-
+from tests.unit.fake_kernel import ROOM, Kernel
+from tests.unit.samples import LOCAL, REMOTE, backend, cluster, hop_stats, vip_port, vip_stats
 
 WEB = cluster(vip_port(LOCAL, REMOTE))
 SHOP = cluster(vip_port(LOCAL, REMOTE), vip_port(LOCAL, port=81, name="default/shop"))
@@ -130,7 +20,11 @@ SHOP = cluster(vip_port(LOCAL, REMOTE), vip_port(LOCAL, port=81, name="default/s
 def test_rows_come_first_and_vip_ports_last() -> None:
     """A row exists before anything points to it, and the backends of a VIP port before the VIP port."""
     kernel = Kernel()
-    assert kernel.take(WEB) == ["vip_stats put", "hop_stats put", "backends put", "vip_ports put"]
+    written = kernel.take(WEB)
+    assert [what for what in written if what != "names put"] == [
+        "vip_stats put", "hop_stats put", "hop_stats put", "hop_stats put", "backends put", "vip_ports put",
+    ]  # fmt: skip
+    assert written.count("names put") == 4
     assert kernel.holds == kernel.wanted
     assert kernel.rows == ({1}, {1, 2, 3})
     assert not kernel.topology.tables.pending
@@ -141,7 +35,8 @@ def test_vip_ports_go_before_their_backends() -> None:
     kernel = Kernel()
     kernel.take(WEB)
     assert kernel.take(cluster(vip_port(LOCAL, port=81))) == [
-        "vip_stats put", "hop_stats put", "backends put", "vip_ports put", "vip_ports delete", "backends delete",
+        "vip_stats put", "names put", "hop_stats put", "names put", "hop_stats put", "names put",
+        "backends put", "vip_ports put", "vip_ports delete", "backends delete",
     ]  # fmt: skip
     assert kernel.holds == kernel.wanted
     assert kernel.rows == ({1, 4}, {1, 2, 3, 4, 5})
@@ -154,7 +49,7 @@ def test_only_what_is_pending_is_written() -> None:
     assert kernel.take(SHOP) == []
     kernel.topology.replace(cluster(*SHOP.vip_ports[:1], vip_port(LOCAL, REMOTE, port=81, name="default/shop")), 1)
     kernel.write()
-    assert kernel.journal == ["hop_stats put", "backends put"]
+    assert kernel.journal.lines == ["hop_stats put", "names put", "backends put"]
     assert kernel.holds == kernel.wanted
 
 
@@ -163,7 +58,7 @@ def test_what_came_and_went_unwritten_is_no_error() -> None:
     kernel = Kernel()
     kernel.topology.replace(WEB, 1)
     kernel.topology.replace(Cluster(), 1)
-    kernel.topology.rows(1)
+    kernel.topology.forget_rows(1, 1)
     assert kernel.write() == ["vip_ports delete", "backends delete"]
     assert (kernel.holds, kernel.rows) == (({}, {}), (set(), set()))
     assert not kernel.topology.tables.pending
@@ -286,22 +181,24 @@ def test_a_refused_delete_stays_pending(refusing: str) -> None:
     assert kernel.holds == kernel.wanted
 
 
-def test_rows_that_are_not_kept_tell_their_last_counts() -> None:
-    """The rows of what was forgotten go, what they had counted is answered, and the others stay as they are."""
+def test_rows_that_are_forgotten_leave_their_counts() -> None:
+    """The rows of a VIP port that was forgotten go, what they had counted is kept as a sum, the others stay."""
     kernel = Kernel()
     kernel.take(SHOP)
-    for number, count in ((3, 7), (5, 8)):
-        words = struct.pack(f"={HOP_STATS_WORDS}Q", 0, count, *[0] * (HOP_STATS_WORDS - 2))
-        kernel.hop_stats.entries[number.to_bytes(4, sys.byteorder)] = words
+    kernel.count_in_hop(3, 0, 7)
+    kernel.count_in_hop(5, 0, 8, 4)
     kernel.topology.replace(cluster(vip_port(LOCAL, REMOTE)), 5)
-    kernel.vip_stats.entries[(4).to_bytes(4, sys.byteorder)] = struct.pack(f"={VIP_STATS_WORDS}Q", 2, 9, *[0] * 7)
-    assert kernel.tables.keep_rows(kernel.topology.rows(4)) == ({}, {})
+    kernel.count_in_vip(4, 2, 9, 1)
+    assert kernel.forget(4, 5) == ((), ())
+    assert kernel.tables.forgotten == (0, 0)
     kernel.write()
-    kernel.journal.clear()
-    last = kernel.tables.keep_rows(kernel.topology.rows(5))
-    assert last.hops == {4: hop_stats(), 5: hop_stats(external=8)}
-    assert {number: row.connections for number, row in last.vips.items()} == {4: (2, 9)}
-    assert kernel.done == ["hop_stats delete", "vip_stats delete"]
+    assert kernel.forget(5, 5) == ((HopGone(4, 0), HopGone(5, 0)), (4,))
+    assert kernel.tables.forgotten == Rows(connections=11, verdicts=5)
+    assert kernel.journal.lines == [
+        "notes put", "vip_stats delete", "names delete",
+        "notes put", "hop_stats delete", "names delete",
+        "notes put", "hop_stats delete", "names delete",
+    ]  # fmt: skip
     assert kernel.rows == ({1}, {1, 2, 3})
     usage = kernel.tables.usage()
     assert (usage["vip_stats"], usage["hop_stats"]) == ((1, 11), (3, 33))
@@ -324,8 +221,7 @@ def test_idle_rows_of_a_snapshot_share_one_value() -> None:
     """In a large cluster almost all are idle; a row that has counted keeps its own."""
     kernel = Kernel()
     kernel.take(cluster(vip_port(LOCAL, REMOTE)))
-    busy = next(iter(kernel.hop_stats.entries))
-    kernel.hop_stats.entries[busy] = struct.pack(f"={HOP_STATS_WORDS}Q", 7, *[0] * (HOP_STATS_WORDS - 1))
+    kernel.count_in_hop(2, 7)
     hops = kernel.tables.snapshot().hops
     assert sorted(stats.forwarded for stats in hops.values()) == [(0, 0), (0, 0), (7, 0)]
     assert len({id(stats) for stats in hops.values()}) == 2
@@ -335,12 +231,11 @@ def test_idle_rows_of_a_snapshot_share_one_value() -> None:
 def test_many_rows_are_all_read_whatever_becomes_of_a_batch(batch_entries: int | None) -> None:
     """Where the kernel reads no batches, or stops in the middle of one, the rest is read singly: each row once."""
     kernel = Kernel()
-    for each in kernel.maps.values():
+    for each in (*kernel.maps.values(), kernel.names):
         each.limit = 2_000
     kernel.take(Cluster(tuple(vip_port(LOCAL, port=port) for port in range(1, BATCH_ROWS + 1))))
     for number in range(1, 2 * BATCH_ROWS, 2):
-        words = struct.pack(f"={HOP_STATS_WORDS}Q", 0, number, *[0] * (HOP_STATS_WORDS - 2))
-        kernel.hop_stats.entries[number.to_bytes(4, sys.byteorder)] = words
+        kernel.count_in_hop(number, 0, number)
     kernel.hop_stats.batch_entries = kernel.vip_stats.batch_entries = batch_entries
     snapshot = kernel.tables.snapshot()
     vip_ids, hop_ids = kernel.rows

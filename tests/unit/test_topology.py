@@ -15,7 +15,10 @@ from otel_lb_hop.core.layout import BACKEND_KEY, VIP_KEY, VIP_VALUE, Unforwarded
 from otel_lb_hop.core.topology import (
     KEEP_RETIRED_NS,
     LINGER_NS,
+    Gone,
+    HopGone,
     HopRow,
+    Name,
     Pending,
     Placement,
     ServiceId,
@@ -29,6 +32,7 @@ from tests.unit.samples import CLUSTERS, LOCAL, NODE, REMOTE, SECOND, backend, c
 START = 1_700_000_000 * SECOND
 AWAY = backend("10.100.3.2", "node3")
 HOMELESS = backend("10.100.4.2", None)
+NOTHING_GONE = Gone((), ())
 
 
 def serving(address: str, node: str = NODE) -> Backend:
@@ -200,7 +204,8 @@ def test_ready_local_backend_comes_and_goes() -> None:
     assert ids[0] == ids[2] != ids[1] == ids[3]
     assert topology.hops.by_id[ids[0]].hop is Hop.REQUIRED
     assert topology.hops.by_id[ids[1]].hop is Hop.AVOIDABLE
-    assert {ids[0], ids[1]} <= topology.rows(START + 4 * SECOND - KEEP_RETIRED_NS).hop_ids
+    assert topology.forget_rows(START + 4 * SECOND - KEEP_RETIRED_NS, START + 4 * SECOND) == NOTHING_GONE
+    assert {ids[0], ids[1]} <= topology.hops.by_id.keys()
 
 
 def test_readiness_of_the_local_backend_decides() -> None:
@@ -261,9 +266,9 @@ def test_deleted_rows_outlive_their_place_by_the_retirement_time() -> None:
     assert replace(topology, Cluster(), gone) == Told({}, {}, frozenset(), frozenset())
     assert topology.watched == 0
     replace(topology, Cluster(), gone + SECOND)  # being told again that it is gone does not prolong its life
-    kept = topology.rows(gone - 1)
-    assert (kept.vip_ids, kept.hop_ids) == (frozenset({1}), frozenset({1, 2, 3}))
-    assert topology.rows(gone) == (frozenset(), frozenset())
+    assert topology.forget_rows(gone - 1, gone + 2 * SECOND) == NOTHING_GONE
+    assert (set(topology.vips.by_id), set(topology.hops.by_id)) == ({1}, {1, 2, 3})
+    assert topology.forget_rows(gone, gone + 2 * SECOND) == Gone((HopGone(1, 0), HopGone(2, 0), HopGone(3, 0)), (1,))
     assert not topology.vips.by_id
     assert not topology.hops.created_ns
 
@@ -276,7 +281,9 @@ def test_come_back_within_the_retirement_time() -> None:
     replace(topology, Cluster(), START + SECOND)
     assert replace(topology, state, START + 299 * SECOND) == first
     assert topology.vips.created_ns[1] == START
-    assert topology.rows(START + 10_000 * SECOND - KEEP_RETIRED_NS) == (first.vip_ids, first.hop_ids)
+    later = START + 10_000 * SECOND
+    assert topology.forget_rows(later - KEEP_RETIRED_NS, later) == NOTHING_GONE
+    assert (frozenset(topology.vips.by_id), frozenset(topology.hops.by_id)) == (first.vip_ids, first.hop_ids)
 
 
 def test_come_back_after_the_retirement_time() -> None:
@@ -285,7 +292,7 @@ def test_come_back_after_the_retirement_time() -> None:
     state = cluster(vip_port(LOCAL, REMOTE))
     first = replace(topology, state, START)
     replace(topology, Cluster(), START)
-    topology.rows(START)
+    topology.forget_rows(START, START)
     later = START + KEEP_RETIRED_NS + SECOND
     second = replace(topology, state, later)
     assert min(second.vip_ids | second.hop_ids) > max(first.vip_ids | first.hop_ids)
@@ -568,7 +575,7 @@ def test_rows_that_are_forgotten_before_they_were_written_are_not_pending() -> N
     topology = Topology(NODE)
     replace(topology, cluster(vip_port(LOCAL)), START)
     replace(topology, Cluster(), START)
-    topology.rows(START)
+    topology.forget_rows(START, START)
     assert (topology.tables.pending.vip_ids, topology.tables.pending.hop_ids) == (set(), set())
 
 
@@ -613,6 +620,105 @@ def test_own_node() -> None:
     assert [topology.own_node, topology.zone] == [None, None]
 
 
+WEB_ROW = VipRow("default", "web", pack_address("10.0.10.0"), 80, Transport.TCP, Policy.CLUSTER)
+SHOP_ROW = WEB_ROW._replace(service="shop", port=81)
+ADOPTED = {
+    3: Name(WEB_ROW, START),
+    4: Name(HopRow(3, Hop.NONE, NODE, None), START + SECOND),
+    5: Name(HopRow(3, Hop.AVOIDABLE, "node2", None), START + 2 * SECOND),
+    6: Name(HopRow(3, Hop.AVOIDABLE, None, None), START + 3 * SECOND),
+    8: Name(SHOP_ROW, START),
+    9: Name(HopRow(8, Hop.NONE, NODE, None), START),
+}
+"""What an agent left: web, of which node3 was forgotten, and a shop; ids up to 20 were used."""
+BEGAN = START + 1_000 * SECOND
+
+
+def adopted() -> Topology:
+    """Make a topology that goes on with what an agent left."""
+    topology = Topology(NODE, BEGAN)
+    topology.adopt(ADOPTED, 20, BEGAN)
+    return topology
+
+
+def test_adopted_rows_go_on() -> None:
+    """What a source names again is in its row with its old start time; what is new takes ids that nobody ever had."""
+    topology = adopted()
+    assert (topology.watched, told(topology)) == (0, Told({}, {}, frozenset(), frozenset()))
+    tables = replace(topology, cluster(vip_port(LOCAL, REMOTE, AWAY)), BEGAN + SECOND)
+    assert vip_id_of(tables) == 3
+    assert {key[1]: hop for key, hop in decode_backends(tables).items()} == {
+        "10.100.1.2": 4, "10.100.2.2": 5, "10.100.3.2": 21,
+    }  # fmt: skip
+    assert topology.vips.created_ns == {3: START, 8: START}
+    assert topology.hops.created_ns == {
+        3: START,
+        4: START + SECOND,
+        5: START + 2 * SECOND,
+        6: START + 3 * SECOND,
+        8: START,
+        9: START,
+        21: BEGAN + SECOND,
+    }
+    assert topology.hops.by_id[3] == HopRow(3, Hop.UNKNOWN, None, None)
+
+
+def test_adopted_rows_may_be_lacking() -> None:
+    """Whether the kernel has them all is for who writes the tables to know."""
+    topology = adopted()
+    assert topology.tables.pending.vip_ids == {3, 8}
+    assert topology.tables.pending.hop_ids == {3, 4, 5, 6, 8, 9}
+
+
+def test_what_no_source_names_is_forgotten_after_the_retirement_time() -> None:
+    """The adopted rest is retired from the adoption on; a remainder never, before its VIP port."""
+    topology = adopted()
+    replace(topology, cluster(vip_port(LOCAL)), BEGAN + SECOND)
+    assert topology.forget_rows(BEGAN - 1, BEGAN) == NOTHING_GONE
+    gone = topology.forget_rows(BEGAN, BEGAN + 300 * SECOND)
+    assert gone == Gone((HopGone(5, 6), HopGone(8, 0), HopGone(9, 0)), (8,))
+    assert topology.forget_rows(BEGAN + 10**6 * SECOND, BEGAN) == NOTHING_GONE
+    assert topology.hops.by_id.keys() == {3, 4, 6}
+    replace(topology, Cluster(), BEGAN + 400 * SECOND)
+    assert topology.forget_rows(BEGAN + 400 * SECOND, BEGAN) == Gone(
+        (HopGone(3, 0), HopGone(4, 0), HopGone(6, 0)), (3,)
+    )
+    replace(topology, cluster(vip_port(LOCAL)), BEGAN + 500 * SECOND)
+    assert topology.vips.by_id.keys() == {21}
+
+
+def test_names_of_rows() -> None:
+    """A row is named by who is counted in it and since when; a VIP port's id names the VIP port in both tables."""
+    topology = adopted()
+    assert {number: topology.name_of(number) for number in ADOPTED} == ADOPTED
+    replace(topology, cluster(vip_port(AWAY)), BEGAN + SECOND)
+    assert topology.name_of(21) == Name(HopRow(3, Hop.REQUIRED, "node3", None), BEGAN + SECOND)
+    again = Topology(NODE)
+    again.adopt(ADOPTED, 20, BEGAN + 5)
+    assert {number: again.name_of(number) for number in ADOPTED} == ADOPTED
+
+
+def test_remainders() -> None:
+    """Rows of gone nodes of one class leave their counts to one row, which is as old as the first of them is gone."""
+    topology = Topology(NODE)
+    replace(topology, cluster(vip_port(LOCAL, REMOTE, AWAY)), START)
+    replace(topology, cluster(vip_port(LOCAL, AWAY)), START + SECOND)
+    assert topology.forget_rows(START + SECOND, START + 400 * SECOND) == Gone((HopGone(3, 5),), ())
+    assert (topology.hops.by_id[5], topology.hops.created_ns[5]) == (
+        HopRow(1, Hop.AVOIDABLE, None, None),
+        START + 400 * SECOND,
+    )
+    assert [row.is_remainder for row in topology.hops.by_id.values()] == [False, False, False, True]
+    assert 5 in topology.tables.pending.hop_ids
+    replace(topology, cluster(vip_port(LOCAL)), START + 401 * SECOND)
+    assert topology.forget_rows(START + 401 * SECOND, START + 800 * SECOND) == Gone((HopGone(4, 5),), ())
+    # Alone, the backend on node2 is required: another class, another remainder.
+    replace(topology, cluster(vip_port(REMOTE)), START + 900 * SECOND)
+    replace(topology, cluster(vip_port(LOCAL)), START + 901 * SECOND)
+    assert topology.forget_rows(START + 901 * SECOND, START) == Gone((HopGone(6, 7),), ())
+    assert topology.hops.by_id[7] == HopRow(1, Hop.REQUIRED, None, None)
+
+
 _STEPS = st.lists(st.tuples(st.sampled_from([1, 100, 299, 301]), st.booleans(), CLUSTERS), max_size=8)
 
 
@@ -635,9 +741,16 @@ def test_an_id_has_one_identity_for_ever(steps: list[tuple[int, bool, Cluster]])
                 assert rows.created_ns[row_id] <= now
             assert len(set(rows.by_id.values())) == len(rows.by_id)
             known.update(rows.by_id)  # type: ignore[arg-type]
-        kept = topology.rows(now - KEEP_RETIRED_NS) if forget else None
+        before = topology.vips.by_id.keys() | topology.hops.by_id.keys()
+        gone = topology.forget_rows(now - KEEP_RETIRED_NS, now) if forget else NOTHING_GONE
         _check_tables(topology, tables, state)
-        assert kept is None or (tables.vip_ids <= kept.vip_ids and tables.hop_ids <= kept.hop_ids)
+        assert tables.vip_ids <= topology.vips.by_id.keys()
+        assert tables.hop_ids <= topology.hops.by_id.keys()
+        assert {*gone.vip_ids, *(hop_id for hop_id, _ in gone.hops)} <= before
+        # What a row had counted stays as long as its VIP port does, in a row that is there.
+        assert all((hop_rows[hop_id].vip_id in gone.vip_ids) is (into == 0) for hop_id, into in gone.hops)
+        assert {into for _, into in gone.hops} - {0} <= topology.hops.by_id.keys()
+        hop_rows.update(topology.hops.by_id)
     # A hop row never outlives the VIP port's row that it belongs to.
     assert {row.vip_id for row in topology.hops.by_id.values()} <= topology.vips.by_id.keys()
 

@@ -153,9 +153,15 @@ class Steps(RuleBasedStateMachine):
     def forget_rows(self) -> None:
         """Forget what was retired long enough, and before that endpoints, which linger for less."""
         self.forget_endpoints()
-        rows = self.topology.rows(self.now_ns - KEEP_RETIRED_NS)
-        self.kernel_vip_ids &= rows.vip_ids
-        self.kernel_hop_ids &= rows.hop_ids
+        rows = dict(self.topology.hops.by_id)
+        gone = self.topology.forget_rows(self.now_ns - KEEP_RETIRED_NS, self.now_ns)
+        for hop_id, into in gone.hops:
+            self.kernel_hop_ids.discard(hop_id)
+            vip_id, hop, _, _ = rows[hop_id]
+            # What it had counted goes into the remainder of its class, or with its VIP port.
+            assert (into == 0) is (vip_id in gone.vip_ids)
+            assert into == 0 or self.topology.hops.by_id[into] == HopRow(vip_id, hop, None, None)
+        self.kernel_vip_ids -= set(gone.vip_ids)
 
     @rule(every=st.integers(1, 3))
     def apply(self, every: int) -> None:
@@ -279,7 +285,10 @@ class Steps(RuleBasedStateMachine):
         vip_ids = {VIP_VALUE.unpack(value)[0] for value in self.topology.tables.vip_ports.values()}
         assert self.topology.vips.by_id.keys() == vip_ids
         used = {int.from_bytes(value, sys.byteorder) for value in self.topology.tables.backends.values()}
-        assert self.topology.hops.by_id.keys() == used | vip_ids
+        remainders = {key for key, row in self.topology.hops.by_id.items() if row.is_remainder}
+        assert self.topology.hops.by_id.keys() == used | vip_ids | remainders
+        assert not remainders & (used | vip_ids)
+        assert {self.topology.hops.by_id[key].vip_id for key in remainders} <= vip_ids
         assert self.topology._backends.keys() == self.topology.tables.backends.keys()
         assert self.topology._claims.keys() == self.topology.tables.vip_ports.keys()
 
