@@ -59,7 +59,9 @@ class Feed:
 
     @property
     def complete(self) -> bool:
-        """Whether every source has told its VIP ports, and all of them are taken over."""
+        """Whether every source has told its VIP ports and endpoints, and all of them are taken over."""
+        if self._api and not self._api.states()[Kind.ENDPOINT_SLICES].synced:
+            return False
         return self._told == {name for name, source in (("file", self._file), ("api", self._api)) if source}
 
     @property

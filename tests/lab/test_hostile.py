@@ -152,10 +152,10 @@ def test_one_of_a_kind(lab: Lab, hostile: Hostile, family: int) -> None:
     assert len({each.source for each in equal}) == COUNT
     for wire in (uplink, from_node(lab.nodes[1], node)):
         (same,) = {*arrived(node, wire, hostile, storm(vip, 80, client, 9))}
-        assert same == (pack_address(client[0]), 4_000, pack_address(vip), 80, 9, 0, SYN)
+        assert same == Segment(pack_address(client[0]), 4_000, pack_address(vip), 80, 9, 0, SYN)
     guessed = arrived(node, uplink, hostile, guesses(vip, 80, client, 5))
     assert {each[:4] for each in guessed} == {(pack_address(vip), 80, pack_address(client[0]), 4_000)}
-    assert {each[5:] for each in guessed} == {(5, SYN | ACK)}
+    assert {(each.acknowledgment, each.flags, each.whole) for each in guessed} == {(5, SYN | ACK, True)}
     claimed = arrived(node, uplink, hostile, vip_as_source(vip, 80))
     assert {(each.source, *each[2:4]) for each in claimed} == {(pack_address(vip), pack_address(vip), 80)}
 
