@@ -26,6 +26,7 @@ from otel_lb_hop.kernel import bpf
 from tests.bench.bulk import bulk_throughput
 from tests.bench.cluster import cluster_costs
 from tests.bench.datagrams import datagram_costs
+from tests.bench.hostile import hostile_costs
 from tests.bench.measure import (
     QUIET,
     SENDING,
@@ -43,6 +44,7 @@ from tests.bench.packets import packet_costs
 from tests.bench.records import record_costs
 from tests.bench.traffic import PORT, VIP, Path3, agents, side_by_side, traffic_path
 from tests.lab.agent import Agent
+from tests.lab.bpffs import bpffs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -147,6 +149,16 @@ def one_agent(path: Path3) -> Iterator[Row]:
         yield Row("RSS idle, OTLP/gRPC for all signals", memory, "MiB", "<= 56", memory <= 56)
 
 
+def restart(path: Path3) -> Iterator[Row]:
+    """Kill an agent that pins, and see how long the next one takes until it is ready."""
+    with bpffs(path.lab.directory / "bpf") as mounted:
+        settings = QUIET | {"OTEL_LB_HOP_PIN_PATH": str(mounted / "pins")}
+        Agent(path.lab.nodes[0], path.lab.vips_path, settings).wait_ready().kill()
+        with Agent(path.lab.nodes[0], path.lab.vips_path, settings) as again:
+            ready = time.monotonic() - again.spawned
+    yield Row("ready again after a kill, by what was pinned", ready, "s")
+
+
 def _counted(output: str) -> int:
     """Add up lb_hop.connections in the last export that the console exporter printed."""
     export, _ = json.JSONDecoder().raw_decode(output)
@@ -176,10 +188,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with traffic_path(folder) as path:
-            for measurement in (packet_costs(), one_agent(path), program_time(path), record_costs(path)):
+            for measurement in (
+                packet_costs(), one_agent(path), restart(path), program_time(path), record_costs(path),
+            ):  # fmt: skip
                 rows += list(_told(console, measurement))
         rows += list(_told(console, connection_rate(folder, arguments.turns)))
         rows += list(_told(console, bulk_throughput(folder, arguments.turns // 5)))
+    rows += list(_told(console, hostile_costs()))
     rows += list(_told(console, metrics_costs()))
     rows += list(_told(console, cluster_costs()))
     rows += list(_told(console, datagram_costs()))  # last: it puts this process on one CPU
