@@ -21,7 +21,8 @@ from otel_lb_hop.errors import KernelError
 from otel_lb_hop.kernel.bpf import Map
 from otel_lb_hop.kernel.compiler import MAX_MESSAGE
 
-COMPILE_SECONDS = 60
+COMPILE_SECONDS = 300
+"""Longer is a hang. It takes a second where the CPU is quick, and a minute under emulation."""
 PROGRAMS = {
     "lbh_ingress": "tc",
     "lbh_egress": "tc",
