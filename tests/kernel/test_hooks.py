@@ -23,7 +23,7 @@ from tests.lab.programs import attached
 from tests.lab.waiting import wait_for
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from otel_lb_hop.core.interfaces import Link
     from tests.kernel.rig import Rig
@@ -145,7 +145,9 @@ def test_leaves_nothing(rig: Rig, netlink: Netlink, *, tcx: bool) -> None:
         assert attached(rig.uplink, kind) == []
 
 
-def test_the_way_is_found_out(rig: Rig, netlink: Netlink) -> None:
+def test_the_way_is_found_out(
+    rig: Rig, netlink: Netlink, record_testsuite_property: Callable[[str, object], None]
+) -> None:
     """Not told which way, tcx is used where the kernel has it, and clsact before."""
     (marked,) = rig.serve(vip_port(VIP4))
     hooks = hooks_of(rig, netlink, tcx=None)
@@ -156,6 +158,7 @@ def test_the_way_is_found_out(rig: Rig, netlink: Netlink) -> None:
             ["pod", "uplink"],
             {},
         )
+        record_testsuite_property("hooks", hooks.method)  # for the table of kernels
         send_syns()
         assert wait_for_connections(rig, marked.vip_id, SENT) == SENT
     finally:

@@ -15,7 +15,7 @@ from tests.kernels.scene import Scene, services_of
 from tests.lab import Lab, reaper
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 _LACKING = {} if os.environ.get("WITH_EVERY_KERNEL_TEST") else features.lacking()
 collect_ignore = sorted(_LACKING)
@@ -35,9 +35,8 @@ def lab() -> Iterator[Lab]:
 
 
 @pytest.fixture(scope="session")
-def scene(lab: Lab, record_testsuite_property: Callable[[str, object], None]) -> Iterator[Scene]:
+def scene(lab: Lab) -> Iterator[Scene]:
     """Run an agent on node1, which takes all the traffic in; what it told adds up at the end."""
     lab.apply(list(services_of(lab).values()), announce={v: [] for v in (f"10.0.70.{n}" for n in range(1, 10))})
     with Scene(lab) as running:
-        record_testsuite_property("hooks", running.agent.part("interfaces")["detail"]["method"])
         yield running

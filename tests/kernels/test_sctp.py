@@ -29,7 +29,7 @@ PYTHON = [sys.executable, "-I", "-S", ASSOCIATIONS]
 @pytest.fixture(scope="module")
 def _servers(scene: Scene) -> Iterator[None]:
     def start(pod: Pod) -> subprocess.Popen[str]:
-        return pod.popen([*PYTHON, "serve", str(SCTP_PORT)], stdout=subprocess.PIPE)
+        return pod.popen([*PYTHON, "serve", pod.address4, str(SCTP_PORT)], stdout=subprocess.PIPE)
 
     running = [start(pod) for pod in scene.lab.pods]
     for server in running:
@@ -46,7 +46,7 @@ def test_associations(scene: Scene) -> None:
     """23 associations are 23 connections, each with its client, SNAT source and backend as the pod saw them."""
     scene.route("sctp", scene.node.uplink4)
     wait_for("conntrack that is heard", lambda: scene.agent.part("conntrack")["detail"] == "heard")
-    words = ["call", scene.vip("sctp"), "80", str(SENT), str(ANSWER_SECONDS)]
+    words = ["call", scene.lab.client.address4, scene.vip("sctp"), "80", str(SENT), str(ANSWER_SECONDS)]
     made = json.loads(scene.lab.client.run([*PYTHON, *words], timeout=120).stdout)
     assert len(made) == SENT
     wait_for("the records", lambda: len(scene.records("sctp")) >= SENT)
@@ -59,6 +59,6 @@ def test_associations(scene: Scene) -> None:
 def test_nobody_serves(scene: Scene) -> None:
     """An association that no endpoint answers is one connection, with its reason, however often its INIT is sent."""
     scene.route("sctp-none", scene.node.uplink4)
-    words = ["call", scene.vip("sctp-none"), "80", "3", "1"]
+    words = ["call", scene.lab.client.address4, scene.vip("sctp-none"), "80", "3", "1"]
     assert json.loads(scene.lab.client.run([*PYTHON, *words]).stdout) == []
     scene.wait_for_counts("sctp-none", 3, "no_endpoints")
