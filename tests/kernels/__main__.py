@@ -30,7 +30,7 @@ TESTS = (
     # Agents in a laboratory.
     "tests/kernels",
 )
-EMULATED_PATIENCE = 12
+EMULATED_PATIENCE = 40
 MOST_SECONDS = 5400
 """For one kernel. It takes some 15 minutes on two slow cores that emulate it."""
 
@@ -60,6 +60,7 @@ def under(kernel: fetch.Kernel, results: Path) -> Row:
         "LAB_PATIENCE": str(patience),
         "PATH": os.environ["PATH"],
         "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONUNBUFFERED": "1",
         "WITH_EVERY_KERNEL_TEST": "1",
         "XDG_CACHE_HOME": str(build.cache().parent),
     }
