@@ -79,9 +79,10 @@ class Scene:
     def __exit__(self, *error: object) -> None:
         self._stack.__exit__(*error)  # type: ignore[arg-type]
 
-    def hooked(self, *names: str) -> None:
-        """Wait until the agent watches these interfaces too."""
-        wait_for(f"hooks on {names}", lambda: {*names} <= {*self.agent.part("interfaces")["detail"]["hooked"]})
+    def hooked(self, *names: str, uplink: bool = False) -> None:
+        """Wait until the agent watches these interfaces too, and knows them as uplinks if they are."""
+        listed = "uplinks" if uplink else "hooked"
+        wait_for(f"{listed}: {names}", lambda: {*names} <= {*self.agent.part("interfaces")["detail"][listed]})
 
     def route(self, name: str, gateway: str) -> None:
         """Let the router send the VIP of a Service by this way."""
@@ -103,7 +104,8 @@ class Scene:
         wait_for("the records", lambda: len(self.records(name)) >= before + SENT)
         records = self.records(name)[before:]
         expected = [truth.record_attributes(service, each, interface) for each in told]
-        assert _as_bag(_without_times(record.attributes) for record in records) == _as_bag(expected)
+        seen, sent = _as_bag(_without_times(record.attributes) for record in records), _as_bag(expected)
+        assert seen == sent, f"told {list(seen - sent)[:1]}, not {list(sent - seen)[:1]}"
         self.wait_for_counts(name, before + SENT)
         return records
 

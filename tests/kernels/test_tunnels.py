@@ -53,7 +53,7 @@ def test_uplink(scene: Scene, kind: str) -> None:
     with tunnel(kind, (router, node), ("172.19.1.1", "172.19.1.2"), ("10.77.2.1", "10.77.2.2")):
         node.run(["ip", "route", "replace", "default", "via", "10.77.2.1"])
         scene.route(kind, "10.77.2.2")
-        scene.hooked("tun0")
+        scene.hooked("tun0", uplink=True)
         try:
             scene.deliver(kind, "tun0")
         finally:
