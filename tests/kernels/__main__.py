@@ -30,7 +30,8 @@ TESTS = (
     # Agents in a laboratory.
     "tests/kernels",
 )
-EMULATED_PATIENCE = 40
+PATIENCE = 40
+"""How many times longer all may take on an emulated CPU."""
 MOST_SECONDS = 5400
 """For one kernel. It takes some 15 minutes on two slow cores that emulate it."""
 
@@ -52,12 +53,11 @@ class Row(NamedTuple):
 
 def under(kernel: fetch.Kernel, results: Path) -> Row:
     """Run the tests under another kernel."""
-    patience = EMULATED_PATIENCE if boot.emulated() else 1
     environment = {
         "CI": "true",
         "HOME": "/tmp",  # noqa: S108 - the guest's own, and gone with it
         "HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis",  # noqa: S108
-        "LAB_PATIENCE": str(patience),
+        "LAB_PATIENCE": str(PATIENCE),
         "PATH": os.environ["PATH"],
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",
