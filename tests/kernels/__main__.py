@@ -48,7 +48,7 @@ class Row(NamedTuple):
     @property
     def passed(self) -> str:
         """Count those that passed."""
-        return f"{self.tests - self.failed} of {self.tests}"
+        return f"{self.tests - self.failed} of {self.tests}" if self.tests else "the guest did not get so far"
 
 
 def under(kernel: fetch.Kernel, results: Path) -> Row:
@@ -122,7 +122,7 @@ def main(chosen: list[str]) -> int:
             except fetch.FetchError as error:
                 print(error, file=sys.stderr)
                 return 1
-            print(f"{name}: {row.passed} passed, {row.seconds:.0f} s", file=sys.stderr, flush=True)
+            print(f"{name}: {row.passed}, {row.seconds:.0f} s", file=sys.stderr, flush=True)
             rows.append(row)
     print(table(rows))
     return int(any(row.failed for row in rows))
