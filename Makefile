@@ -6,7 +6,7 @@ PYTHON := .venv/bin/python
 
 .PHONY: help
 help: ## list the commands
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 .PHONY: setup
 setup: ## install what the other commands need: Debian packages, .venv
@@ -29,6 +29,12 @@ test: check ## everything this machine can test; skips are listed with their rea
 .PHONY: fuzz
 fuzz: setup ## random packets by the million, kernel against oracle: make fuzz N=10000000 SEED=1
 	$(PYTHON) -m tests.kernel.fuzz $(or $(N),10000000) $(SEED)
+
+.PHONY: test-kernels
+test-kernels: ## chosen tests under Debian's kernels 6.1 and 6.12 in virtual machines, and here: a table (KERNELS="6.1 here")
+	@tests/setup.sh kmod qemu-system-x86 busybox-static wireguard-tools ipset
+	@$(PYTHON) -m tests.peers.build otelcol kubernetes
+	$(PYTHON) -m tests.kernels $(KERNELS)
 
 .PHONY: demo
 demo: setup ## real traffic through two VIPs, an agent on each node, and what it tells

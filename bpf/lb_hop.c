@@ -468,7 +468,8 @@ static __always_inline bool find_handshake(struct lbh_match *match, u32 isn, con
  */
 static __always_inline bool find_untranslated(struct lbh_match *match, const struct lbh_packet *packet)
 {
-	u32 isn = packet->sequence, n, ways = ways_with(match->tags, isn);
+	u32 isn = packet->sequence, n;
+	LBH_IN_MEMORY u32 ways = ways_with(match->tags, isn);
 	u64 youngest_ns = 0, best = 0, waiting = 0, late = 0, known = 0;
 
 	LBH_LOOP

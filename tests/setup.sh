@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Installs what the commands of the Makefile need, on Debian 12 and its like: distribution packages if one is
-# missing, and .venv, made anew when the dependencies change. Does nothing when everything is there.
+# Installs what the commands of the Makefile need, on Debian 12 and its like: distribution packages (and those named as
+# arguments) if one is missing, and .venv, made anew when the dependencies change. Does nothing when everything is there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 # bcc is not on PyPI; linux-libc-dev has the UAPI headers it compiles with; the rest is the lab, the control plane of its
 # cluster and the checks.
 packages=(python3-bpfcc linux-libc-dev python3-venv iproute2 nftables conntrack iptables etcd-server openssl
-	gcc libc6-dev shellcheck)
+	gcc libc6-dev shellcheck "$@")
 
 missing=()
 for package in "${packages[@]}"; do

@@ -32,13 +32,14 @@ from otel_lb_hop.kernel.privileges import is_guarded, kernel_version
 from otel_lb_hop.kernel.ring import Ring
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from otel_lb_hop.kernel.pins import PinFolder, Pinning, Pins
 
 log = logging.getLogger(__name__)
 
-COMPILE_SECONDS = 60
+COMPILE_SECONDS = 300
+"""Longer is a hang. It takes a second where the CPU is quick, and a minute under emulation."""
 PROGRAMS = {
     "lbh_ingress": "tc",
     "lbh_egress": "tc",
@@ -240,11 +241,11 @@ def _ask_child(request: dict[str, Any], given: Mapping[str, int]) -> tuple[dict[
     return answer, dict(zip([*answer["programs"], *answer["maps"]], fds, strict=True))
 
 
-def _compile(recipe: _Recipe, secrets: tuple[int, int], given: Mapping[str, int]) -> tuple[dict[str, int], float]:
-    """Compile and load for the maps given and new ones; answers the descriptors by name and the seconds it took."""
+def _request(recipe: _Recipe, secrets: tuple[int, int], given: Iterable[str]) -> dict[str, Any]:
+    """Write what the child is asked (kernel/compiler.py)."""
     folder = bpf_folder()
     multiplier, addend = secrets
-    request = {
+    return {
         "source": str(folder / "lb_hop.c"),
         "includes": [str(folder)],
         "headers": str(folder / "include"),
@@ -253,7 +254,11 @@ def _compile(recipe: _Recipe, secrets: tuple[int, int], given: Mapping[str, int]
         "maps": _MAPS,
         "given": list(given),
     }
-    answer, fds = _ask_child(request, given)
+
+
+def _compile(recipe: _Recipe, secrets: tuple[int, int], given: Mapping[str, int]) -> tuple[dict[str, int], float]:
+    """Compile and load for the maps given and new ones; answers the descriptors by name and the seconds it took."""
+    answer, fds = _ask_child(_request(recipe, secrets, given), given)
     return fds, answer["seconds"]
 
 

@@ -29,6 +29,10 @@ log = logging.getLogger(__name__)
 ARPHRD_ETHER = 1
 INGRESS_PARENT = "ffff:fff2"
 EGRESS_PARENT = "ffff:fff3"
+_PRIORITIES = range(1, 9)
+"""Those that are tried; 1 is the first that there is."""
+_OURS = "lbh_"
+"""How the names of our programs begin."""
 _UNICAST, _LOCAL = 1, 2
 _TCA_BPF_ID = 11
 _MAIN_TABLE, _LOCAL_TABLE = 254, 255
@@ -54,6 +58,8 @@ class Netlink:
 
     def __init__(self) -> None:
         self._socket = IPRoute()
+        self._foreign_clsact: set[int] = set()
+        """Interfaces whose clsact qdisc is somebody else's."""
 
     def close(self) -> None:
         """Close the socket."""
@@ -83,15 +89,20 @@ class Netlink:
         """
         try:
             self._socket.tc("add", "clsact", ifindex)
+            self._foreign_clsact.discard(ifindex)
         except NetlinkError as error:
             if error.code != errno.EEXIST:
                 raise
+            if not self._has_only_ours(ifindex):
+                self._foreign_clsact.add(ifindex)
         ours = [message for message in self._filters(ifindex, parent) if _filter_name(message) == name]
-        if ours and filter_program(ours[0]) == bpf.program_id(fd):
-            return
-        place = {"handle": ours[0]["handle"], "prio": ours[0]["info"] >> 16} if ours else {"prio": 1}
-        command = "replace-filter" if ours else "add-filter"
-        self._socket.tc(command, "bpf", ifindex, fd=fd, name=name, parent=parent, direct_action=True, **place)
+        if not ours:
+            self._add_first(ifindex, parent=parent, fd=fd, name=name)
+        elif filter_program(ours[0]) != bpf.program_id(fd):
+            place = {"handle": ours[0]["handle"], "prio": ours[0]["info"] >> 16}
+            self._socket.tc(
+                "replace-filter", "bpf", ifindex, fd=fd, name=name, parent=parent, direct_action=True, **place
+            )
 
     @_os_errors()
     def delete_filter(self, ifindex: int, parent: str, name: str) -> None:
@@ -109,9 +120,34 @@ class Netlink:
 
     @_os_errors()
     def delete_empty_clsact(self, ifindex: int) -> None:
-        """Remove the clsact qdisc of an interface if no filter is left on it."""
-        if not any([*self._filters(ifindex, INGRESS_PARENT), *self._filters(ifindex, EGRESS_PARENT)]):
+        """Remove the clsact qdisc of an interface if no filter is left on it and it is not somebody else's."""
+        if ifindex not in self._foreign_clsact and not self._all_filters(ifindex):
             self._socket.tc("del", "clsact", ifindex)
+
+    def _add_first(self, ifindex: int, **program: object) -> None:
+        """Put a program before all others: of the same priority, the kernel runs the newest first.
+
+        A priority takes filters of one kind and protocol only (EINVAL): another's at the first one, say of flower, is
+        before ours then.
+        """
+        for priority in _PRIORITIES:
+            try:
+                self._socket.tc("add-filter", "bpf", ifindex, prio=priority, direct_action=True, **program)
+            except NetlinkError as error:
+                if error.code != errno.EINVAL or priority == _PRIORITIES[-1]:
+                    raise
+            else:
+                if priority > _PRIORITIES[0]:
+                    log.warning("interface %d: filters of another kind run before %s", ifindex, program["name"])
+                return
+
+    def _has_only_ours(self, ifindex: int) -> bool:
+        """Whether a clsact qdisc has filters of an agent that was killed, and no others: it is that agent's."""
+        filters = self._all_filters(ifindex)
+        return bool(filters) and all((_filter_name(message) or "").startswith(_OURS) for message in filters)
+
+    def _all_filters(self, ifindex: int) -> list[Any]:
+        return [*self._filters(ifindex, INGRESS_PARENT), *self._filters(ifindex, EGRESS_PARENT)]
 
     def _filters(self, ifindex: int, parent: str) -> list[Any]:
         major, minor = parent.split(":")

@@ -21,6 +21,8 @@ _PROG_GET_NEXT_ID = 11
 _PROG_GET_FD_BY_ID = 13
 _OBJ_GET_INFO_BY_FD = 15
 _ENABLE_STATS = 32
+DROP = 2
+"""TC_ACT_SHOT."""
 _SCHED_CLS = 3
 _NAME_OFFSET = 64
 _RUN_TIME_OFFSET = 192
@@ -108,7 +110,12 @@ def _info(fd: int) -> tuple[str, RunTime]:
 
 def empty_program() -> int:
     """Load a tc program that does nothing (`return TC_ACT_UNSPEC`): what a measurement is compared with."""
-    return load_program(struct.pack("=BBhiBBhi", 0xB7, 0, 0, -1, 0x95, 0, 0, 0))
+    return returning_program(-1)
+
+
+def returning_program(verdict: int) -> int:
+    """Load a tc program that does nothing but return this."""
+    return load_program(struct.pack("=BBhiBBhi", 0xB7, 0, 0, verdict, 0x95, 0, 0, 0))
 
 
 def load_program(instructions: bytes) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import ipaddress
 import json
 from typing import TYPE_CHECKING
 
@@ -22,11 +23,15 @@ class Mode(enum.Enum):
 
     IPTABLES = "iptables"
     NFTABLES = "nftables"
+    IPVS = "ipvs"
 
 
+ALWAYS = (Mode.IPTABLES, Mode.NFTABLES)
+"""Those that every kernel can do; for IPVS see tests/kernels."""
 DUMPS = {
     Mode.IPTABLES: (["iptables-save", "-t", "nat"], ["ip6tables-save", "-t", "nat"]),
     Mode.NFTABLES: (["nft", "list", "table", "ip", "kube-proxy"], ["nft", "list", "table", "ip6", "kube-proxy"]),
+    Mode.IPVS: (["cat", "/proc/net/ip_vs"],),
 }
 
 
@@ -48,6 +53,8 @@ class KubeProxy:
         """Whether its rules of both families together have all these texts."""
         code = self._process.poll()
         assert code is None, f"kube-proxy of {self.node.name} ended with {code}:\n{self._log.read_text()[-2000:]}"
+        if self.mode is Mode.IPVS:
+            texts = [_in_ipvs(text) for text in texts]
         rules = "".join(self.node.run(dump, check=False).stdout for dump in DUMPS[self.mode])
         return all(text in rules for text in texts)
 
@@ -55,6 +62,12 @@ class KubeProxy:
         """End it."""
         self._process.kill()
         self._process.wait()
+
+
+def _in_ipvs(text: str) -> str:
+    """Write an address as /proc/net/ip_vs does."""
+    address = ipaddress.ip_address(text)
+    return f"[{address.exploded}]" if address.version == 6 else address.packed.hex().upper()
 
 
 def _config(node: Node, mode: Mode, kubeconfig: Path) -> dict[str, object]:
@@ -69,6 +82,7 @@ def _config(node: Node, mode: Mode, kubeconfig: Path) -> dict[str, object]:
         "clusterCIDR": POD_CIDRS,
         "iptables": quick,
         "nftables": quick,
+        "ipvs": quick,
         # These are settings of the whole machine.
         "conntrack": {"maxPerCore": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},
         "oomScoreAdj": 0,

@@ -11,7 +11,7 @@ import pytest
 from tests.cluster import objects
 from tests.cluster.conftest import TARGET_PORT
 from tests.cluster.control_plane import ADMIN_TOKEN, AGENT
-from tests.cluster.kube_proxy import Mode
+from tests.cluster.kube_proxy import ALWAYS
 from tests.cluster.requirements import needs_control_plane
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Cluster:
         )
 
 
-@pytest.fixture(scope="module", params=list(Mode), ids=[mode.value for mode in Mode])
+@pytest.fixture(scope="module", params=ALWAYS, ids=[mode.value for mode in ALWAYS])
 def cluster(request: pytest.FixtureRequest, lab: Lab, plane: ControlPlane) -> Iterator[Cluster]:
     """Run kube-proxy on both nodes, in each of its modes in turn."""
     with plane.kube_proxies(lab.nodes, request.param):

@@ -17,7 +17,7 @@ import pytest
 from otel_lb_hop.model import Policy
 from tests.cluster import objects
 from tests.cluster.conftest import TARGET_PORT
-from tests.cluster.kube_proxy import Mode
+from tests.cluster.kube_proxy import ALWAYS
 from tests.cluster.requirements import needs_control_plane
 from tests.cluster.scene import staged
 from tests.e2e import truth
@@ -53,7 +53,7 @@ def agents(lab: Lab, plane: ControlPlane) -> Iterator[Scene]:
         yield scene
 
 
-@pytest.fixture(scope="module", params=list(Mode), ids=[mode.value for mode in Mode])
+@pytest.fixture(scope="module", params=ALWAYS, ids=[mode.value for mode in ALWAYS])
 def scene(request: pytest.FixtureRequest, agents: Scene) -> Iterator[Scene]:
     """Run kube-proxy on both nodes too, in each of its modes in turn."""
     with agents.plane.kube_proxies(agents.lab.nodes, request.param):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import platform
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 CAP_NET_ADMIN, CAP_SYS_ADMIN = 12, 21
+KERNEL = tuple(int(number) for number in re.findall(r"\d+", platform.release())[:2])
+HAS_TCX = KERNEL >= (6, 6)
 
 
 def lacking() -> str | None:

@@ -1,11 +1,10 @@
 """What a test run cannot do: packets on real devices, cut inside the IP header, with page fragments, without Ethernet.
 
-The programs are attached by tcx, so these tests need Linux 6.6.
+The programs are attached as the agent attaches them: by tcx, or by clsact before Linux 6.6.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import socket
@@ -20,9 +19,11 @@ import pytest
 
 from otel_lb_hop.core.layout import OriginCode
 from otel_lb_hop.kernel import bpf
+from otel_lb_hop.kernel.hooks import ClsactAttachment, Program, TcxAttachment
+from otel_lb_hop.kernel.netlink import Netlink
 from tests.kernel.oracle import CTAG, EVENT_OF, STAG, Kind, Segment
 from tests.kernel.packets import ethernet
-from tests.kernel.requirements import needs_kernel
+from tests.kernel.requirements import HAS_TCX, needs_kernel
 from tests.kernel.test_parser import CHAINS, PACKETS, Watched, syn4, syn6
 
 if TYPE_CHECKING:
@@ -41,17 +42,14 @@ SMALLEST_WITH_FRAGMENTS = 4096
 @contextmanager
 def attached(rig: Rig, program: str, interface: int) -> Iterator[None]:
     """Attach a program to an interface for the length of a block."""
-    kind = bpf.BPF_TCX_INGRESS if "ingress" in program else bpf.BPF_TCX_EGRESS
+    netlink = Netlink()
+    ours = Program(program, rig.loaded.programs[program], ingress="ingress" in program)
     try:
-        link = bpf.attach_tcx(rig.loaded.programs[program], interface, kind)
-    except OSError as error:
-        if error.errno == errno.EINVAL:
-            pytest.skip("attaching needs tcx: Linux 6.6 or later")
-        raise
-    try:
+        attachment = TcxAttachment(interface, ours, None) if HAS_TCX else ClsactAttachment(netlink, interface, [ours])
         yield
+        attachment.detach()
     finally:
-        os.close(link)
+        netlink.close()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -19,9 +20,9 @@ from otel_lb_hop.kernel.loader import PROGRAMS
 from otel_lb_hop.kernel.netlink import EGRESS_PARENT, INGRESS_PARENT, Monitor, Netlink, filter_program
 from otel_lb_hop.kernel.pins import Pins
 from otel_lb_hop.model import Transport
-from tests.bench.measure import empty_program
+from tests.bench.measure import DROP, empty_program, returning_program
 from tests.kernel.packets import ethernet, ipv4
-from tests.kernel.requirements import needs_kernel
+from tests.kernel.requirements import HAS_TCX, needs_kernel
 from tests.kernel.rig import maps_of, vip_port
 from tests.kernel.test_datagrams import udp
 from tests.kernel.test_devices import sender
@@ -31,7 +32,7 @@ from tests.lab.programs import attached
 from tests.lab.waiting import wait_for
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from otel_lb_hop.core.interfaces import Link
@@ -40,7 +41,10 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.root, needs_kernel]
 
 SENT = 23
-BOTH_WAYS = pytest.mark.parametrize("tcx", [True, False], ids=["tcx", "clsact"])
+WAYS = [pytest.param(False, id="clsact")]
+if HAS_TCX:
+    WAYS.insert(0, pytest.param(True, id="tcx"))
+BOTH_WAYS = pytest.mark.parametrize("tcx", WAYS)
 
 
 def hooks_of(rig: Rig, netlink: Netlink, *, tcx: bool | None) -> Hooks:
@@ -141,6 +145,95 @@ def test_leaves_nothing(rig: Rig, netlink: Netlink, *, tcx: bool) -> None:
     # Nothing holds the place: an exclusive way to ask, and for both directions.
     for kind in (bpf.BPF_TCX_INGRESS, bpf.BPF_TCX_EGRESS):
         assert attached(rig.uplink, kind) == []
+
+
+def test_the_way_is_found_out(
+    rig: Rig, netlink: Netlink, record_testsuite_property: Callable[[str, object], None]
+) -> None:
+    """Not told which way, tcx is used where the kernel has it, and clsact before."""
+    (marked,) = rig.serve(vip_port(VIP4))
+    hooks = hooks_of(rig, netlink, tcx=None)
+    try:
+        hooks.reconcile(links_named(netlink, "uplink", "pod"))
+        assert (hooks.method, hooks.interfaces, hooks.problems) == (
+            "tcx" if HAS_TCX else "clsact",
+            ["pod", "uplink"],
+            {},
+        )
+        record_testsuite_property("hooks", hooks.method)  # for the table of kernels
+        send_syns()
+        assert wait_for_connections(rig, marked.vip_id, SENT) == SENT
+    finally:
+        hooks.close()
+
+
+def dropped() -> int:
+    """Count what the filters of the uplink's clsact have dropped."""
+    qdiscs = json.loads(said("tc", "-s", "-j", "qdisc", "show", "dev", "uplink"))
+    return sum(int(qdisc["drops"]) for qdisc in qdiscs if qdisc["kind"] == "clsact")
+
+
+def test_clsact_before_one_that_drops(rig: Rig, netlink: Netlink) -> None:
+    """Another's program that drops everything, at the same priority and there first, is behind ours and still runs."""
+    said("tc", "qdisc", "add", "dev", "uplink", "clsact")
+    place = {"parent": INGRESS_PARENT, "prio": 1, "direct_action": True}
+    netlink._socket.tc("add-filter", "bpf", rig.uplink, fd=returning_program(DROP), name="foreign", **place)
+    hooks = hooks_of(rig, netlink, tcx=False)
+    try:
+        (marked,) = rig.serve(vip_port(VIP4))
+        hooks.reconcile(links_named(netlink, "uplink"))
+        send_syns()
+        assert wait_for_connections(rig, marked.vip_id, SENT) == SENT
+        assert dropped() == SENT
+        hooks.close()
+        send_syns()
+        wait_for("the drops of what came later", lambda: dropped() == 2 * SENT)
+        assert rig.vip(marked.vip_id).connections == (0, SENT)
+    finally:
+        said("tc", "qdisc", "del", "dev", "uplink", "clsact")
+
+
+def test_clsact_behind_another_kind(rig: Rig, netlink: Netlink) -> None:
+    """Where a filter of another kind has the first priority, ours takes the next one; what it leaves is counted."""
+    said("tc", "qdisc", "add", "dev", "uplink", "clsact")
+    elsewhere = ["u32", "match", "ip", "dst", "203.0.113.1/32", "flowid", "1:1"]
+    for side in ("ingress", "egress"):
+        said("tc", "filter", "add", "dev", "uplink", side, "protocol", "ip", "prio", "1", *elsewhere)
+    hooks = hooks_of(rig, netlink, tcx=False)
+    try:
+        (marked,) = rig.serve(vip_port(VIP4))
+        for _ in range(2):
+            hooks.reconcile(links_named(netlink, "uplink"))
+            assert (hooks.interfaces, hooks.problems) == (["uplink"], {})
+        send_syns()
+        assert wait_for_connections(rig, marked.vip_id, SENT) == SENT
+        hooks.close()
+        for side in ("ingress", "egress"):
+            rest = said("tc", "filter", "show", "dev", "uplink", side)
+            assert ("lbh_" in rest, "u32" in rest) == (False, True)
+    finally:
+        said("tc", "qdisc", "del", "dev", "uplink", "clsact")
+
+
+def test_clsact_of_somebody_else_stays(rig: Rig, netlink: Netlink) -> None:
+    """A clsact qdisc that was there stays, though nobody has a filter on it; that of a killed agent does not."""
+    said("tc", "qdisc", "add", "dev", "uplink", "clsact")
+    try:
+        for _ in range(2):
+            hooks = hooks_of(rig, netlink, tcx=False)
+            hooks.reconcile(links_named(netlink, "uplink"), datagrams=True)
+            hooks.close()
+            assert "clsact" in said("tc", "qdisc", "show", "dev", "uplink")
+            assert not said("tc", "filter", "show", "dev", "uplink", "ingress")
+    finally:
+        said("tc", "qdisc", "del", "dev", "uplink", "clsact")
+    hooks_of(rig, netlink, tcx=False).reconcile(links_named(netlink, "uplink"))  # never closed: killed
+    after = Netlink()
+    hooks = hooks_of(rig, after, tcx=False)
+    hooks.reconcile(links_named(after, "uplink"))
+    hooks.close()
+    after.close()
+    assert "clsact" not in said("tc", "qdisc", "show", "dev", "uplink")
 
 
 def test_clsact_beside_a_foreign_filter(rig: Rig, netlink: Netlink) -> None:
@@ -340,11 +433,13 @@ def test_interface_goes_and_comes_back(rig: Rig, netlink: Netlink, *, tcx: bool)
 def test_refusal_is_told_and_tried_again(rig: Rig, netlink: Netlink) -> None:
     """An interface that refuses is named with the reason; the others are hooked, and it is tried again."""
     programs = dict(rig.loaded.programs)
-    hooks = Hooks({**programs, "lbh_egress": programs["lbh_sweep"] + 10_000}, netlink, tcx=True)
+    hooks = Hooks({**programs, "lbh_egress": programs["lbh_sweep"] + 10_000}, netlink, tcx=HAS_TCX)
     hooks.reconcile(links_named(netlink, "uplink"))
     assert hooks.interfaces == []
     assert "uplink" in hooks.problems
-    assert attached(rig.uplink, bpf.BPF_TCX_INGRESS) == []  # nothing by halves
+    # Nothing by halves.
+    assert attached(rig.uplink, bpf.BPF_TCX_INGRESS) == []
+    assert "clsact" not in said("tc", "qdisc", "show", "dev", "uplink")
     hooks.close()
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from tests.lab import programs
-from tests.lab.waiting import wait_for
+from tests.lab.waiting import PATIENCE, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tests.lab import Node
 
 ROOT = Path(__file__).parents[2]
-STOP_SECONDS = 5.0
+STOP_SECONDS = 5.0 * PATIENCE
 RUN = (sys.executable, "-m", "otel_lb_hop", "run")
 
 

@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING, NamedTuple, TypeAlias, TypeVar
 
 from otel_lb_hop.model import Backend, is_ipv4, pack_address
 from tests.lab.netns import in_netns, write_sysctls
+from tests.lab.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -101,7 +102,7 @@ class Host:
         process = self.popen(argv, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
         with process:
             try:
-                output, errors = process.communicate(text, timeout=timeout)
+                output, errors = process.communicate(text, timeout=timeout * PATIENCE)
             except BaseException:
                 process.kill()
                 raise

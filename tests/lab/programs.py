@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import re
 import struct
@@ -34,11 +35,16 @@ def still_loaded(ids: set[int]) -> set[int]:
 
 
 def attached(ifindex: int, attach_type: int) -> list[int]:
-    """List the ids of the programs on a tcx hook, in the order they run."""
+    """List the ids of the programs on a tcx hook, in the order they run; none where the kernel has no tcx."""
     ids = ctypes.create_string_buffer(4 * _MOST)
     query = struct.pack("=IIIIQI", ifindex, attach_type, 0, 0, ctypes.addressof(ids), _MOST)
     attributes = ctypes.create_string_buffer(query, 128)
-    bpf._call(_PROG_QUERY, attributes)
+    try:
+        bpf._call(_PROG_QUERY, attributes)
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # of an interface that is not there it is ENODEV
+            return []
+        raise
     (count,) = struct.unpack_from("=I", attributes, 24)
     return list(struct.unpack_from(f"={count}I", ids))
 

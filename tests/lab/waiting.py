@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import TYPE_CHECKING, TypeVar
 
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 LOOK_SECONDS = 0.05
+PATIENCE = float(os.environ.get("LAB_PATIENCE", "1"))
+"""How many times longer all may take: an emulated machine is slow."""
 
 
 class TookTooLongError(AssertionError):
@@ -18,8 +21,8 @@ class TookTooLongError(AssertionError):
 
 
 def wait_for(what: str, look: Callable[[], T], seconds: float = 10.0) -> T:
-    """Return the first true answer of `look`; raises TookTooLongError after `seconds`, with the last answer."""
-    deadline = time.monotonic() + seconds
+    """Return the first true answer of `look`; raises TookTooLongError with the last one after `seconds` x PATIENCE."""
+    deadline = time.monotonic() + seconds * PATIENCE
     while not (answer := look()):
         if time.monotonic() > deadline:
             raise TookTooLongError(f"{what} did not come within {seconds} s; the last look: {answer!r}")

@@ -54,8 +54,12 @@ def cached(peer: str, go: Go) -> Path:
     for path in sorted((MODULES / peer).iterdir()):
         content = path.read_bytes()
         digest.update(f"\n{path.name} {len(content)}\n".encode() + content)
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "otel-lb-hop" / "peers" / digest.hexdigest()[:16] / peer
+    return cache() / "peers" / digest.hexdigest()[:16] / peer
+
+
+def cache() -> Path:
+    """Say where what is built or fetched once is kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "otel-lb-hop"
 
 
 def find_go(peer: str) -> Go | str:
@@ -81,7 +85,7 @@ def build(peer: str) -> Path:
         raise PeerError(go)
     place = cached(peer, go)
     if not place.exists():
-        with _lock(place.parent):
+        with locked(place.parent):
             if not place.exists():  # who had the lock before may have built it
                 _build(peer, go, place)
     return place
@@ -140,13 +144,14 @@ def _linker_flags(file: Path) -> str:
 
 
 @contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder of the cache, made if need be; whoever comes second waits, and is told so."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _say(f"another process builds in {folder}; waiting for it")
+            _say(f"another process works in {folder}; waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
