@@ -9,14 +9,8 @@
 
 #ifdef LBH_GUARDED
 #define LBH_LOOP _Pragma("unroll")
-#define LBH_IN_MEMORY
 #else
 #define LBH_LOOP _Pragma("clang loop unroll(disable)")
-/*
- * For what a loop goes by: with all of the loop in registers, what is copied at its end may fall through into its
- * beginning, and a loop that is closed so is refused before Linux 6.7.
- */
-#define LBH_IN_MEMORY volatile
 #endif
 
 /*

@@ -465,11 +465,14 @@ static __always_inline bool find_handshake(struct lbh_match *match, u32 isn, con
  * VIP is not that entry's translation; if it is also from that entry's client, it was bridged or routed on as it came,
  * and is nobody's. Nor is a translation that an entry has already, which passes one more hook or was sent again,
  * anybody else's.
+ *
+ * `ways` is volatile, so kept in memory, for the code that comes of it: with all of the loop in registers, what is
+ * copied at its end falls through into its beginning, and a loop that is closed so is refused before Linux 6.7.
  */
 static __always_inline bool find_untranslated(struct lbh_match *match, const struct lbh_packet *packet)
 {
 	u32 isn = packet->sequence, n;
-	LBH_IN_MEMORY u32 ways = ways_with(match->tags, isn);
+	volatile u32 ways = ways_with(match->tags, isn);
 	u64 youngest_ns = 0, best = 0, waiting = 0, late = 0, known = 0;
 
 	LBH_LOOP
