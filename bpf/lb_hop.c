@@ -32,8 +32,8 @@ BPF_F_TABLE("lpm_trie", struct lbh_prefix, u32, places, LBH_MAX_PLACES, BPF_F_NO
 /* Key: a flow that found no endpoint. Value: when a packet of it last came in. */
 BPF_TABLE("lru_hash", struct lbh_flow, u64, datagram_flows, LBH_MAX_DATAGRAM_FLOWS);
 BPF_TABLE("lru_hash", struct lbh_flow, struct lbh_told, told_flows, LBH_MAX_TOLD_FLOWS);
-/* Key: the acknowledgment (less one) and ports that answer a SYN together with its data. Value: the SYN's ISN. */
-BPF_TABLE("lru_hash", u64, u32, early_data, LBH_EARLY_DATA);
+/* Key: what answers a SYN together with its data. Value: the SYN's ISN. */
+BPF_TABLE("lru_hash", struct lbh_early, u32, early_data, LBH_EARLY_DATA);
 /* One value. */
 BPF_ARRAY(uplinks, struct lbh_uplinks, 1);
 BPF_ARRAY(settings, struct lbh_settings, 1);
@@ -160,7 +160,8 @@ static __always_inline bool maybe_recent(u32 isn, u64 now, u16 ticks)
 {
 	u16 *cell = recent_cell(isn);
 
-	return cell && (u16)((u16)(now >> LBH_TICK_SHIFT) - *cell) <= ticks;
+	/* One more: another CPU may be a tick ahead. */
+	return cell && (u16)((u16)(now >> LBH_TICK_SHIFT) - *cell + 1) <= ticks + 1;
 }
 
 static __always_inline void note_recent(u32 isn, u64 now)
@@ -209,8 +210,11 @@ static __always_inline u32 histogram_bucket(u64 ns)
 
 static __always_inline void observe(struct lbh_histogram *histogram, u64 ns)
 {
-	u32 bucket = histogram_bucket(ns);
+	u32 bucket;
 
+	/* Another CPU's clock may have been a moment ahead. */
+	ns &= ~((s64)ns >> 63);
+	bucket = hide(histogram_bucket(ns), histogram->sum_ns);
 	histogram->sum_ns += ns;
 	if (bucket < LBH_BUCKETS)
 		histogram->buckets[bucket]++;
@@ -542,19 +546,18 @@ static __always_inline u8 reason_of(const struct lbh_vip *vip, u32 origin)
 	return vip->unforwarded;
 }
 
-static __always_inline u64 early_data_key(u32 acknowledged, u16 client_port, u16 vip_port)
-{
-	return (u64)acknowledged << 32 | (u32)client_port << 16 | vip_port;
-}
-
 /* A SYN with data will be answered under another number than its ISN. */
 static __always_inline void note_early_data(const struct lbh_packet *packet, u64 now)
 {
-	u32 isn = packet->sequence, acknowledged = isn + packet->data_length;
-	u64 key = early_data_key(acknowledged, packet->source_port, packet->destination_port);
+	u32 isn = packet->sequence;
+	struct lbh_early early = {.client = packet->source,
+				  .vip = packet->destination,
+				  .acknowledged = isn + packet->data_length,
+				  .client_port = packet->source_port,
+				  .vip_port = packet->destination_port};
 
-	early_data.update(&key, &isn);
-	note_recent(acknowledged, now);
+	early_data.update(&early, &isn);
+	note_recent(early.acknowledged, now);
 }
 
 /* A SYN came in to a VIP port: a new connection, the same packet one device further, or a retransmission. */
@@ -671,8 +674,12 @@ static __always_inline void syn_out(const struct lbh_packet *packet)
  */
 static __always_inline u32 answered_isn(const struct lbh_packet *packet, u32 acknowledged)
 {
-	u64 key = early_data_key(acknowledged, packet->destination_port, packet->source_port);
-	u32 *isn = early_data.lookup(&key);
+	struct lbh_early early = {.client = packet->destination,
+				  .vip = packet->source,
+				  .acknowledged = acknowledged,
+				  .client_port = packet->destination_port,
+				  .vip_port = packet->source_port};
+	u32 *isn = early_data.lookup(&early);
 
 	return isn ? *isn : acknowledged;
 }

@@ -260,6 +260,18 @@ struct lbh_flow {
 	u8 pad[3];
 };
 /*
+ * Key of early_data: client and VIP port of a SYN that came with data, and the last byte of them, which its answer
+ * acknowledges if they are taken.
+ */
+struct lbh_early {
+	struct lbh_address client;
+	struct lbh_address vip;
+	u32 acknowledged;
+	u16 client_port;
+	u16 vip_port;
+};
+
+/*
  * told_flows: the entry of conntrack that was counted for a flow. An agent that begins reads all entries of conntrack,
  * because nobody listened before, and must not count again what another agent has heard of.
  */
@@ -279,7 +291,7 @@ enum lbh_event {
 	LBH_RECORD_RING_FULL,  /* the agent did not keep up */
 	LBH_RECORD_NO_VERDICT, /* the handshake table had to make room, or the agent ended, before the verdict */
 	LBH_RECORD_OFF,	       /* none are wanted */
-	LBH_TRUNCATED,	       /* ends within a VLAN tag, an IP header or a TCP header */
+	LBH_TRUNCATED,	       /* ends within a tag or a header, or its lengths are wrong */
 	LBH_FRAGMENT,	       /* a later fragment of TCP: no TCP header in it */
 	LBH_EXTENSION,	       /* more VLAN tags, or more or longer IPv6 extension headers, than are followed */
 	LBH_ISN_SHARED,	       /* two untranslated connections with one ISN: the younger was taken */

@@ -336,7 +336,6 @@ static __always_inline bool lbh_is_dull(struct lbh_context context, bool etherne
 }
 
 /*
-/*
  * Fills in what nearly every handshake is, after lbh_is_dull has let it pass: TCP in IPv4 without options, tags and
  * fragments, all in the linear part, of lengths that are right. False for all else, which is lbh_parse's.
  */

@@ -78,6 +78,8 @@ ROUTES_REST = 20
 """Reading routes takes no more of the loop's time than one part in so many."""
 DRAIN_RECORDS = 2_048
 """At most so many at a time, so that nothing else waits long in a burst."""
+LOADING_SECONDS = 60.0
+"""Between two looks, should nobody wake it."""
 SHUTDOWN_SECONDS = 3.5
 METRICS_RESERVE_SECONDS = 1.0
 SETTLED_NS = 10 * 10**9
@@ -138,11 +140,19 @@ class Agent:
         self._source_errors: dict[str, str | None] = {}
         self._size = (0, 0)
 
-    def start(self) -> None:
-        """Read the topology, load the programs, attach them. Raises ConfigError or KernelError."""
+    def start(self) -> bool:
+        """Read the topology, load the programs, attach them. Raises ConfigError or KernelError.
+
+        Answers False if it was told to stop before anything was attached.
+        """
         config = self._config
         sinks = self._open_sources_and_sinks()
         self._local_api = LocalApi(config.listen, self._health) if config.listen else None
+        self._loading.add_done_callback(lambda _: self._stop.wake())
+        while not self._loading.done():
+            if self._stop.wait(LOADING_SECONDS):
+                self._feed.close()
+                return False
         self._loaded = self._loading.result()
         self._tables = KernelTables(self._loaded)
         if self._loaded.inherited:
@@ -174,6 +184,7 @@ class Agent:
             "counting on %s (%s), %d VIP ports; %s",
             ", ".join(self._hooks.interfaces), self._hooks.method, self._watched, self._how_loaded(),
         )  # fmt: skip
+        return True
 
     def _inherit(self) -> None:
         """Go on with the counters of an agent before, and with its VIP ports until all sources have spoken."""

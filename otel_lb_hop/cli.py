@@ -71,16 +71,16 @@ def run(environ: Mapping[str, str]) -> None:
     stop = Stop()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    pinning = claim(config.pin_path)
     # Before any other thread: what it holds besides is given up here.
     with least():
+        pinning = claim(config.pin_path)
         loading = begin_loading(Sizes(ring_pages=ring_pages(config.record_rate)), pinning, xdp=config.hook != "tc")
     # The agent's imports go on while the child compiles.
     from otel_lb_hop.agent import Agent  # noqa: PLC0415
 
     agent = Agent(config, environ, loading, stop, lines)
-    agent.start()
-    agent.run()
+    if agent.start():
+        agent.run()
 
 
 def take_off(environ: Mapping[str, str]) -> None:

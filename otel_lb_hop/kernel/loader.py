@@ -53,6 +53,8 @@ PROGRAMS = {
 """The programs and the type of each."""
 XDP_PROGRAMS = {"lbh_xdp": "xdp"}
 """One more, where uplinks are to be watched by XDP: it would cost every other start its compile time."""
+XDP_GUARDED_SINCE = (5, 18)
+"""It then takes bpf_xdp_load_bytes()."""
 
 
 class Sizes(NamedTuple):
@@ -205,33 +207,46 @@ def _recipe(sizes: Sizes, *, xdp: bool) -> _Recipe:
         defines["LBH_NO_COMPARE_EXCHANGE"] = 1
     if is_guarded():
         defines["LBH_GUARDED"] = 1
+    if xdp and is_guarded() and kernel_version() < XDP_GUARDED_SINCE:
+        log.warning("uplinks stay with tc: without CAP_PERFMON, XDP needs Linux 5.18")
+        xdp = False
     if xdp:
         defines["LBH_XDP"] = 1
     return _Recipe(PROGRAMS | XDP_PROGRAMS if xdp else PROGRAMS, defines)
 
 
+_CHILD = """
+import runpy, sys
+sys.path.append(sys.argv.pop(1))
+runpy.run_module("otel_lb_hop.kernel.compiler", run_name="__main__", alter_sys=True)
+"""
+"""What `python -m` does, but with -P: nothing is imported from the working directory, which may be anybody's."""
+
+
 def _ask_child(request: dict[str, Any], given: Mapping[str, int]) -> tuple[dict[str, Any], dict[str, int]]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours, theirs:
-        argv = [sys.executable, "-m", "otel_lb_hop.kernel.compiler", str(theirs.fileno())]
+    # A verifier's log is longer than a pipe: the child must not wait for somebody to read it.
+    with ours, theirs, os.fdopen(os.memfd_create("compiler"), "w+b") as told:
+        argv = [sys.executable, "-P", "-c", _CHILD, str(Path(__file__).resolve().parents[2]), str(theirs.fileno())]
         # A session of its own: a Ctrl-C at the terminal is the agent's to handle.
         with subprocess.Popen(
             argv,
             pass_fds=[theirs.fileno()],
-            stdout=subprocess.PIPE,
+            stdout=told,
             stderr=subprocess.STDOUT,
-            text=True,
             start_new_session=True,
         ) as child:
             theirs.close()
             ours.settimeout(COMPILE_SECONDS)
-            socket.send_fds(ours, [json.dumps(request).encode()], list(given.values()))
             try:
+                socket.send_fds(ours, [json.dumps(request).encode()], list(given.values()))
                 message, fds, _, _ = socket.recv_fds(ours, MAX_MESSAGE, MAX_FDS)
-            except TimeoutError:
+            except (TimeoutError, ConnectionError):
                 child.kill()
                 message, fds = b"", []
-            output, _ = child.communicate()
+            child.wait()
+            told.seek(0)
+            output = told.read().decode(errors="replace")
     # A fatal error inside LLVM ends the child without an answer.
     answer = json.loads(message) if message else {"error": f"the compile child ended with {child.returncode}"}
     if "error" in answer:
@@ -331,6 +346,8 @@ def _take_over(sizes: Sizes, recipe: _Recipe, pins: Pins, state: State) -> Loade
             pins.pin_map(_RING, made[_RING])
         state = state._replace(build=recipe.build)
         notes.put(_index(STATE), pack_state(state))
+        for name in made.keys() & fds.keys():
+            os.close(fds[name])  # the child has sent another descriptor of it
         fds |= made
     return _loaded(fds, sizes, state, pins, inherited=True, left_behind=left_behind, compile_seconds=seconds)
 

@@ -32,7 +32,8 @@ from otel_lb_hop.kernel import bpf
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_STATUS = Path("/proc/self/status")
+_STATUS = Path("/proc/thread-self/status")
+"""Of the thread that asks: the load thread holds other rights than the main one."""
 _LAST_CAPABILITY = Path("/proc/sys/kernel/cap_last_cap")
 
 _PR_CAPBSET_READ, _PR_CAPBSET_DROP = 23, 24

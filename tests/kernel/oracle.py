@@ -307,8 +307,8 @@ class Model:
     told: list[tuple[int, Verdict, int]] = field(default_factory=list)
     """ISN, verdict and retransmits of every record, in order."""
     _handshakes: dict[_Tuple, _Handshake] = field(default_factory=dict)
-    _early: dict[tuple[int, int, int], int] = field(default_factory=dict)
-    """SYNs with data: the sequence number of their last byte, client's port, VIP port → ISN."""
+    _early: dict[_Tuple, int] = field(default_factory=dict)
+    """SYNs with data, the sequence number of their last byte in place of the ISN → ISN."""
 
     def incoming(self, packet: Told, interface: int, now_ns: int, *, xdp: bool) -> None:
         """Take a packet that comes in by an interface, and is seen on its tc hook or by XDP."""
@@ -321,7 +321,7 @@ class Model:
         vip_id, reason = self.vips[vip]
         key = (packet.sequence, packet.source, packet.source_port, *vip)
         if packet.data:
-            self._early[packet.sequence + packet.data & 0xFFFFFFFF, packet.source_port, vip[1]] = packet.sequence
+            self._early[packet.sequence + packet.data & 0xFFFFFFFF, *key[1:]] = packet.sequence
         known = self._handshakes.get(key)
         if known is None:
             origin = OriginCode.EXTERNAL if interface in self.uplinks else OriginCode.INTERNAL
@@ -424,7 +424,7 @@ class Model:
         isn = packet.acknowledgment - 1 & 0xFFFFFFFF
         ends = packet.destination, packet.destination_port, packet.source, packet.source_port
         # RFC 7413, 4.2, and RFC 9293, 3.10.7.1: with the SYN its data are acknowledged.
-        isn = self._early.get((isn, packet.destination_port, packet.source_port), isn)
+        isn = self._early.get((isn, *ends), isn)
         known = self._handshakes.get((isn, *ends))
         if known is None or known.state is _State.SETTLED:
             return

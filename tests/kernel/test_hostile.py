@@ -324,6 +324,31 @@ def test_borrowed_isn(rig: Rig, family: Family) -> None:
     assert rig.vip(marked.vip_id).connections == (0, 2)
 
 
+@pytest.mark.parametrize("length", [1, 5])
+def test_data_that_reach_for_another_answer(rig: Rig, family: Family, length: int) -> None:
+    """A SYN whose data end where another client's SYN begins does not take that one's answer away."""
+    marked = serve(rig, family)
+    flow = family.flow()
+    stranger = family.flow(flow.isn - length & 0xFFFFFFFF)
+    stranger = stranger._replace(client=End(flow.client.address[:-1] + b"\x4d", flow.client.port))
+    rig.into(flow.syn())
+    rig.out(flow.translated())
+    rig.into(stranger.syn(data=b"x" * length))
+    rig.out(flow.answer(), rig.uplink)
+    assert rig.hop(marked.hops["required", "node2"]).answered == 1
+
+
+def test_a_clock_that_is_ahead(rig: Rig, family: Family) -> None:
+    """A SYN that another CPU stamped a moment later than this one translates it took no time at all."""
+    marked = serve(rig, family)
+    flow = family.flow()
+    rig.into(flow.syn())
+    rig.age(-SECOND)
+    rig.out(flow.translated())
+    forward = rig.hop(marked.hops["required", "node2"]).forward
+    assert (forward.sum_ns, forward.buckets[0]) == (0, 1)
+
+
 def test_scan(rig: Rig, family: Family) -> None:
     """Of a SYN to each of the 65,536 ports of a VIP only the one to the VIP port counts; no other leaves a trace."""
     marked = serve(rig, family)

@@ -45,10 +45,11 @@ class FakeAgent:
         self.stopped = False
         FakeAgent.last = self
 
-    def start(self) -> None:
+    def start(self) -> bool:
         """Fail, if told to."""
         if self.error:
             raise self.error
+        return True
 
     def run(self) -> None:
         """Be told to stop by a real signal."""
