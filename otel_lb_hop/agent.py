@@ -133,6 +133,7 @@ class Agent:
         self._needs = (False, False)
         self._routes: list[Route] = []
         self._routes_again = 0.0
+        self._routes_old = False
         self._unwritten: str | None = None
         self._write_again = 0.0
         self._source_errors: dict[str, str | None] = {}
@@ -172,7 +173,7 @@ class Agent:
         gc.freeze()
         log.info(
             "counting on %s (%s), %d VIP ports; %s",
-            ", ".join(self._hooks.interfaces), self._hooks.method, self._watched, self._how_loaded(),
+            ", ".join(self._hooks.interfaces) or "no interface yet", self._hooks.method, self._watched, self._how_loaded(),
         )  # fmt: skip
 
     def _inherit(self) -> None:
@@ -299,6 +300,7 @@ class Agent:
         if (
             self._monitor.changed.is_set()
             or needs != self._needs
+            or (self._routes_old and now >= self._routes_again)
             or self._is_due("interfaces", now, INTERFACES_SECONDS)
         ):
             self._monitor.changed.clear()
@@ -540,7 +542,8 @@ class Agent:
     def _read_routes(self) -> list[Route]:
         """Read the routes, or take those of a moment ago: where each node is a route, that takes seconds."""
         began = time.monotonic()
-        if began >= self._routes_again:
+        self._routes_old = began < self._routes_again
+        if not self._routes_old:
             self._routes = self._netlink.routes()
             ended = time.monotonic()
             self._routes_again = ended + (ended - began) * ROUTES_REST

@@ -13,10 +13,8 @@ from otel_lb_hop.kernel import bpf
 
 _PROG_LOAD = 5
 _PROG_GET_FD_BY_ID = 13
-_PROG_QUERY = 16
 _TYPE_XDP = 6
 _RETURN_XDP_PASS = struct.pack("=BBhiBBhi", 0xB7, 0, 0, 2, 0x95, 0, 0, 0)
-_MOST = 64
 
 
 def held_by(pid: int) -> set[int]:
@@ -35,12 +33,7 @@ def still_loaded(ids: set[int]) -> set[int]:
 
 def attached(ifindex: int, attach_type: int) -> list[int]:
     """List the ids of the programs on a tcx hook, in the order they run."""
-    ids = ctypes.create_string_buffer(4 * _MOST)
-    query = struct.pack("=IIIIQI", ifindex, attach_type, 0, 0, ctypes.addressof(ids), _MOST)
-    attributes = ctypes.create_string_buffer(query, 128)
-    bpf._call(_PROG_QUERY, attributes)
-    (count,) = struct.unpack_from("=I", attributes, 24)
-    return list(struct.unpack_from(f"={count}I", ids))
+    return [each.program_id for each in bpf.tcx_programs(ifindex, attach_type)]
 
 
 def foreign_xdp() -> int:
