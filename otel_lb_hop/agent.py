@@ -171,9 +171,10 @@ class Agent:
         # What only the start needed goes back to the system; what stays is never again looked through for garbage.
         gc.collect()
         gc.freeze()
+        interfaces = ", ".join(self._hooks.interfaces) or "no interface yet"
         log.info(
             "counting on %s (%s), %d VIP ports; %s",
-            ", ".join(self._hooks.interfaces) or "no interface yet", self._hooks.method, self._watched, self._how_loaded(),
+            interfaces, self._hooks.method, self._watched, self._how_loaded(),
         )  # fmt: skip
 
     def _inherit(self) -> None:

@@ -33,6 +33,7 @@ _PROG_QUERY = 16
 _MAP_LOOKUP_BATCH = 24
 _LINK_CREATE = 28
 _LINK_UPDATE = 29
+_LINK_DETACH = 34
 _MAP_TYPES = {"hash": 1, "array": 2}
 _F_NO_PREALLOC = 1
 _NO_COMMAND = 0x7FFF_FFFF
@@ -296,3 +297,8 @@ def map_entries(fd: int) -> int:
 def update_link(fd: int, program_fd: int) -> None:
     """Put another program in a link's place; no packet passes between the two."""
     _bpf(_LINK_UPDATE, struct.pack("=IIII", fd, program_fd, 0, 0))
+
+
+def detach_link(fd: int) -> None:
+    """Take a link's program off, whoever else holds the link; one whose interface has gone is no error (Linux 5.9)."""
+    _bpf(_LINK_DETACH, struct.pack("=I", fd))

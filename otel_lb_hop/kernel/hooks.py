@@ -103,10 +103,13 @@ class _LinkAttachment:
         return [] if bpf.link_info(self.fd).ifindex else None
 
     def detach(self) -> None:
-        """Take the program off."""
+        """Take the program off, at once: what was pinned the kernel frees only later, and until then has no place."""
         if self._pins:
             self._pins.unpin_link(*self._place)
-        self.let_be()
+        try:
+            bpf.detach_link(self.fd)
+        finally:
+            self.let_be()
 
     def let_be(self) -> None:
         """Close the link; what is pinned stays attached."""

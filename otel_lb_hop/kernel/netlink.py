@@ -156,7 +156,7 @@ class Netlink:
             self._socket.tc("del", "clsact", ifindex)
 
     def _require_clsact(self, ifindex: int) -> None:
-        """Refuse the qdisc ingress in the place of clsact: it takes filters for egress too, and runs them on ingress."""
+        """Refuse the qdisc ingress in the place of clsact: it would run the filters for egress on ingress."""
         for message in self._socket.get_qdiscs(index=ifindex):
             if message["handle"] == _CLSACT_HANDLE and message.get_attr("TCA_KIND") != "clsact":
                 raise OSError(

@@ -87,7 +87,7 @@ def put(interface: int, instructions: bytes, place: int) -> Foreign:
 
 @contextlib.contextmanager
 def watching(rig: Rig, netlink: Netlink, *, tcx: bool = True, pins: Pins | None = None) -> Iterator[Hooks]:
-    """Hook both interfaces, and let go in the end."""
+    """Watch both interfaces by hooks, and let go in the end."""
     made = Hooks(rig.loaded.programs, netlink, pins, tcx=tcx)
     try:
         made.reconcile(links_named(netlink, "uplink", "pod"))
@@ -220,7 +220,7 @@ def test_clsact_pushed_back_later(rig: Rig, netlink: Netlink) -> None:
 
 
 def test_qdisc_ingress(rig: Rig, netlink: Netlink) -> None:
-    """Where somebody has the older qdisc ingress, egress cannot be watched: refused, told, and done once it has gone."""
+    """Where somebody has the older qdisc ingress egress cannot be watched: it is told, and done once that has gone."""
     said("tc", "qdisc", "add", "dev", "uplink", "ingress")
     hooks = Hooks(rig.loaded.programs, netlink, tcx=False)
     try:
