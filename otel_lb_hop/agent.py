@@ -302,11 +302,13 @@ class Agent:
             self._monitor.changed.is_set()
             or needs != self._needs
             or (self._routes_old and now >= self._routes_again)
+            or self._hooks.waiting
             or self._is_due("interfaces", now, INTERFACES_SECONDS)
         ):
             self._monitor.changed.clear()
             self._needs = needs
             self._attempt("interfaces", self._reconcile_interfaces)
+            more |= self._hooks.waiting > 0
         if self._is_due("metrics", now, self._config.metric_export_interval_ms / 1e3):
             self._attempt("counters", self._export_metrics)
         self._health.beat(now)
@@ -529,7 +531,7 @@ class Agent:
         }
         self._health.report(
             "interfaces",
-            healthy=bool(self._hooks.interfaces) and not problems,
+            healthy=bool(self._hooks.interfaces) and not problems and not self._hooks.waiting,
             vital=not self._hooks.interfaces,
             detail={
                 "method": self._hooks.method,
@@ -537,6 +539,7 @@ class Agent:
                 "ingress": self._hooks.ingress,
                 "uplinks": sorted(names[index] for index in uplinks),
                 "problems": problems,
+                "waiting": self._hooks.waiting,
             },
         )
 

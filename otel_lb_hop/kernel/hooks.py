@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 XDP_REST_SECONDS = 30.0
 """An uplink that refused XDP is not asked again before: some drivers stop for a moment to find out that they cannot."""
+HOOKING_SECONDS = 1.0
+"""Of one `reconcile`: each tcx link takes a grace period of RCU (some 15 ms), and the ring holds three seconds."""
 _XDP_MODES = {"xdp": bpf.XDP_FLAGS_DRV_MODE, "xdp-generic": bpf.XDP_FLAGS_SKB_MODE}
 _NO_ETHERNET = "it has no Ethernet header"
 _XDP_REFUSALS = {
@@ -257,6 +259,8 @@ class Hooks:
         self._refusals: dict[int, _Refusal] = {}
         """Of XDP, by interface."""
         self.problems: dict[str, str] = {}
+        self.waiting = 0
+        """How many interfaces the latest `reconcile` had no time for: it is to be called again soon."""
 
     @property
     def method(self) -> str:
@@ -282,10 +286,11 @@ class Hooks:
     def reconcile(self, wanted: Iterable[Link], *, uplinks: Collection[int] = (), datagrams: bool = False) -> None:
         """Attach to what is new, let go of what has gone; a refusal is kept in `problems` and tried again.
 
-        `uplinks`: the interfaces of these numbers are for XDP, if that was asked for. `datagrams`: whether datagrams
-        are to be watched too.
+        `uplinks`: the interfaces of these numbers come first; they are for XDP, if that was asked for. `datagrams`:
+        whether datagrams are to be watched too. After `HOOKING_SECONDS` it leaves the rest for the next time.
         """
-        by_index = {link.index: link for link in wanted}
+        in_order = sorted(wanted, key=lambda link: (link.index not in uplinks, link.name in self.problems))
+        by_index = {link.index: link for link in in_order}
         for_xdp = {index for index in by_index if self._uplink_hook in _XDP_MODES and index in uplinks}
         for index, hooked in list(self._hooked.items()):
             link = by_index.get(index)
@@ -293,21 +298,36 @@ class Hooks:
                 del self._hooked[index]
                 self._detach(hooked.link, *hooked.attachments())
         self._refusals = {index: each for index, each in self._refusals.items() if index in for_xdp}
-        self.problems = {}
-        for index, link in by_index.items():
-            try:
-                self._hook(link, xdp=index in for_xdp, datagrams=datagrams)
-            except OSError as error:
-                if error.errno != errno.ENODEV:  # gone again since it was listed
-                    self.problems[link.name] = str(error)
+        self._hook_all(in_order, for_xdp, datagrams=datagrams)
         for hooked in self._hooked.values():
             if hooked.behind:
                 self.problems.setdefault(hooked.link.name, _others(hooked.behind))
-        if self._pins and not self._settled:
+        if self._pins and not self._settled and not self.waiting:
             # What an agent before this one watched, and this one does not.
             attached = [each for hooked in self._hooked.values() for each in hooked.attachments()]
             self._pins.unpin_links_except(each.pinned_as for each in attached if isinstance(each, _LinkAttachment))
             self._settled = True
+
+    def _hook_all(self, links: Iterable[Link], for_xdp: Collection[int], *, datagrams: bool) -> None:
+        """Attach to one of these at least, and to as many as there is time for."""
+        until = time.monotonic() + HOOKING_SECONDS
+        before, self.problems, self.waiting = self.problems, {}, 0
+        begun = False
+        for link in links:
+            known = self._hooked.get(link.index)
+            done = known is not None and bool(known.datagram) is datagrams
+            if begun and not done and time.monotonic() > until:
+                if link.name in before:  # its next try follows with the next news
+                    self.problems[link.name] = before[link.name]
+                else:
+                    self.waiting += 1
+                continue
+            begun |= not done
+            try:
+                self._hook(link, xdp=link.index in for_xdp, datagrams=datagrams)
+            except OSError as error:
+                if error.errno != errno.ENODEV:  # gone again since it was listed
+                    self.problems[link.name] = str(error)
 
     def _look(self, hooked: _Hooked) -> bool:
         """Whether all of ours are on it; also what of others has come before them, which is said once.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from otel_lb_hop.kernel import bpf
+from otel_lb_hop.kernel import hooks as hooks_module
 from otel_lb_hop.kernel.hooks import Hooks, TcxAttachment
 from otel_lb_hop.kernel.netlink import Monitor
 from otel_lb_hop.kernel.pins import Pins
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.root, needs_kernel]
 
 INDEX = 777
-MANY = 100
+MANY = 20
 HOOKS = (bpf.BPF_TCX_INGRESS, bpf.BPF_TCX_EGRESS)
 WAYS = pytest.mark.parametrize("way", ["tcx", "clsact", "xdp"])
 
@@ -246,10 +247,7 @@ def test_mtu_changes_under_traffic(rig: Rig, netlink: Netlink, hook: str) -> Non
             finally:
                 done.set()
                 thread.join()
-            wait_for(
-                "as many as came in",
-                lambda: sum(row.connections[1] for row in rig.snapshot().vips.values()) == arrivals.count,
-            )
+            wait_for("as many as came in", lambda: rig.vip(marked.vip_id).connections == (0, arrivals.count))
         assert shown("uplink").partition("prog/xdp")[2] == first
         if hook == "xdp":
             with pytest.raises(subprocess.CalledProcessError):
@@ -261,7 +259,7 @@ def test_mtu_changes_under_traffic(rig: Rig, netlink: Netlink, hook: str) -> Non
 
 @BOTH_WAYS
 def test_many_come_and_go(rig: Rig, netlink: Netlink, *, tcx: bool) -> None:
-    """A hundred pairs are hooked in one go; when they have gone, no descriptor, pin or problem is left of them."""
+    """Twenty pairs are hooked; when they have gone, no descriptor, pin or problem is left of them."""
     hooks = Hooks(rig.loaded.programs, netlink, tcx=tcx)
     hooks.reconcile(netlink.links())
     fds, before = descriptors(), hooks.interfaces
@@ -271,12 +269,49 @@ def test_many_come_and_go(rig: Rig, netlink: Netlink, *, tcx: bool) -> None:
         for datagrams in (False, True):
             subprocess.run(["ip", "-batch", "-"], input="".join(added), text=True, check=True)
             hooks.reconcile(netlink.links(), datagrams=datagrams)
+            while hooks.waiting:
+                hooks.reconcile(netlink.links(), datagrams=datagrams)
             assert (hooks.interfaces, hooks.problems) == (sorted([*before, *ends]), {})
             said("ip", "link", "del", "group", str(INDEX))
             hooks.reconcile(netlink.links())
             assert (hooks.interfaces, hooks.problems) == (before, {})
             assert descriptors() == fds
     finally:
+        hooks.close()
+
+
+def test_more_than_there_is_time_for(
+    rig: Rig, netlink: Netlink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With no time at all each look hooks one interface more, uplinks first; pinned links wait for their turn."""
+    wanted = links_named(netlink, "uplink", "pod", "far_uplink")
+    with bpffs(tmp_path / "bpf") as folder:
+        pins = Pins(folder)
+        for _ in range(2):
+            monkeypatch.setattr(hooks_module, "HOOKING_SECONDS", 0.0)
+            hooks = Hooks(rig.loaded.programs, netlink, pins, tcx=True)
+            steps = []
+            for _ in range(4):
+                hooks.reconcile(wanted, uplinks={rig.pod})
+                steps.append((hooks.interfaces, hooks.waiting, len([*folder.glob("link_*")])))
+                assert hooks.problems == {}
+            assert [waiting for _, waiting, _ in steps] == [2, 1, 0, 0]
+            assert steps[0][0] == ["pod"]
+            assert steps[2][0] == ["far_uplink", "pod", "uplink"]
+            hooks.close()
+        assert [pinned for *_, pinned in steps] == [6, 6, 6, 6]
+        monkeypatch.setattr(hooks_module, "HOOKING_SECONDS", 10.0)
+        hooks = Hooks(rig.loaded.programs, netlink, pins, tcx=True)
+        hooks.reconcile(wanted)
+        assert (hooks.interfaces, hooks.waiting) == (["far_uplink", "pod", "uplink"], 0)
+        monkeypatch.setattr(hooks_module, "HOOKING_SECONDS", 0.0)
+        turns = []
+        for _ in range(3):
+            hooks.reconcile(wanted, datagrams=True)
+            turns.append((hooks.waiting, len([*folder.glob("link_*")])))
+        assert turns == [(2, 7), (1, 8), (0, 9)]
+        hooks.reconcile([])
+        assert list(folder.glob("link_*")) == []
         hooks.close()
 
 
