@@ -105,7 +105,7 @@ class _LinkAttachment:
         return [] if bpf.link_info(self.fd).ifindex else None
 
     def detach(self) -> None:
-        """Take the program off, at once: what was pinned the kernel frees only later, and until then has no place."""
+        """Take the program off at once: older kernels free late what was pinned, and refuse it again till then."""
         if self._pins:
             self._pins.unpin_link(*self._place)
         try:

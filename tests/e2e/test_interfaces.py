@@ -150,6 +150,7 @@ def test_renamed_and_moved(lab: Lab) -> None:
 
 def test_begun_before_the_network(lab: Lab) -> None:
     """An agent that finds no interface at all says that it is not ready, and counts once there is one."""
+    lab.apply([])
     netns = f"{lab.nodes[0].netns}-late"
     lab.nodes[0].run(["ip", "netns", "add", netns])
     try:
@@ -179,6 +180,7 @@ def test_begun_before_the_network(lab: Lab) -> None:
 
 def test_routes_that_take_long_to_read(lab: Lab) -> None:
     """Where there are many routes they are not read each time; what changes in between is not left to chance."""
+    lab.apply([])
     node = lab.nodes[0]
     many = "".join(f"route {{}} 10.77.{number // 250}.{number % 250}/32 dev vpod1\n" for number in range(200))
     gateway = ["default", "via", "172.30.0.1", "dev", "mgmt", "table", "777"]
