@@ -135,6 +135,7 @@ class Agent:
         self._needs = (False, False)
         self._routes: list[Route] = []
         self._routes_again = 0.0
+        self._routes_old = False
         self._unwritten: str | None = None
         self._write_again = 0.0
         self._source_errors: dict[str, str | None] = {}
@@ -180,9 +181,10 @@ class Agent:
         # What only the start needed goes back to the system; what stays is never again looked through for garbage.
         gc.collect()
         gc.freeze()
+        interfaces = ", ".join(self._hooks.interfaces) or "no interface yet"
         log.info(
             "counting on %s (%s), %d VIP ports; %s",
-            ", ".join(self._hooks.interfaces), self._hooks.method, self._watched, self._how_loaded(),
+            interfaces, self._hooks.method, self._watched, self._how_loaded(),
         )  # fmt: skip
         return True
 
@@ -310,11 +312,14 @@ class Agent:
         if (
             self._monitor.changed.is_set()
             or needs != self._needs
+            or (self._routes_old and now >= self._routes_again)
+            or self._hooks.waiting
             or self._is_due("interfaces", now, INTERFACES_SECONDS)
         ):
             self._monitor.changed.clear()
             self._needs = needs
             self._attempt("interfaces", self._reconcile_interfaces)
+            more |= self._hooks.waiting > 0
         if self._is_due("metrics", now, self._config.metric_export_interval_ms / 1e3):
             self._attempt("counters", self._export_metrics)
         self._health.beat(now)
@@ -537,7 +542,7 @@ class Agent:
         }
         self._health.report(
             "interfaces",
-            healthy=bool(self._hooks.interfaces) and not problems,
+            healthy=bool(self._hooks.interfaces) and not problems and not self._hooks.waiting,
             vital=not self._hooks.interfaces,
             detail={
                 "method": self._hooks.method,
@@ -545,13 +550,15 @@ class Agent:
                 "ingress": self._hooks.ingress,
                 "uplinks": sorted(names[index] for index in uplinks),
                 "problems": problems,
+                "waiting": self._hooks.waiting,
             },
         )
 
     def _read_routes(self) -> list[Route]:
         """Read the routes, or take those of a moment ago: where each node is a route, that takes seconds."""
         began = time.monotonic()
-        if began >= self._routes_again:
+        self._routes_old = began < self._routes_again
+        if not self._routes_old:
             self._routes = self._netlink.routes()
             ended = time.monotonic()
             self._routes_again = ended + (ended - began) * ROUTES_REST

@@ -29,9 +29,11 @@ _OBJ_PIN = 6
 _OBJ_GET = 7
 _PROG_TEST_RUN = 10
 _OBJ_GET_INFO_BY_FD = 15
+_PROG_QUERY = 16
 _MAP_LOOKUP_BATCH = 24
 _LINK_CREATE = 28
 _LINK_UPDATE = 29
+_LINK_DETACH = 34
 _MAP_TYPES = {"hash": 1, "array": 2}
 _F_NO_PREALLOC = 1
 _NO_COMMAND = 0x7FFF_FFFF
@@ -44,6 +46,8 @@ BPF_XDP = 37
 XDP_FLAGS_SKB_MODE = 1 << 1
 XDP_FLAGS_DRV_MODE = 1 << 2
 
+_MOST_ON_A_HOOK = 64
+"""BPF_MPROG_MAX."""
 _ATTRIBUTES_SIZE = 128
 _BATCH_BYTES = 1 << 17
 _BATCH_ENTRIES = 16
@@ -239,9 +243,10 @@ def open_pinned(path: Path) -> int:
 class LinkInfo(NamedTuple):
     """What a link joins (struct bpf_link_info)."""
 
+    link_id: int
     program_id: int
     ifindex: int
-    """0 once the interface was deleted."""
+    """0 once the interface was deleted. One that moved to another namespace keeps it, and the link."""
 
 
 def _info(fd: int) -> ctypes.Array[ctypes.c_char]:
@@ -252,8 +257,29 @@ def _info(fd: int) -> ctypes.Array[ctypes.c_char]:
 
 def link_info(fd: int) -> LinkInfo:
     """Tell what a link of an interface joins."""
-    _, _, program_id, ifindex = struct.unpack_from("=IIIxxxxI", _info(fd))
-    return LinkInfo(program_id, ifindex)
+    _, link_id, program_id, ifindex = struct.unpack_from("=IIIxxxxI", _info(fd))
+    return LinkInfo(link_id, program_id, ifindex)
+
+
+class Running(NamedTuple):
+    """One program on a hook."""
+
+    program_id: int
+    link_id: int
+    """0 if it was attached without a link."""
+
+
+def tcx_programs(ifindex: int, attach_type: int) -> list[Running]:
+    """List what is on a tcx hook of an interface of the calling thread's namespace, in the order it runs."""
+    program_ids, link_ids = (ctypes.create_string_buffer(4 * _MOST_ON_A_HOOK) for _ in range(2))
+    addresses = _address(program_ids), _MOST_ON_A_HOOK, 0, _address(link_ids)
+    attributes = ctypes.create_string_buffer(
+        struct.pack("=IIIIQIxxxxQQ", ifindex, attach_type, 0, 0, *addresses), _ATTRIBUTES_SIZE
+    )
+    _call(_PROG_QUERY, attributes)
+    (count,) = struct.unpack_from("=I", attributes, 24)
+    ids = (struct.unpack_from(f"={count}I", each) for each in (program_ids, link_ids))
+    return [Running(*each) for each in zip(*ids, strict=True)]
 
 
 def program_id(fd: int) -> int:
@@ -271,3 +297,8 @@ def map_entries(fd: int) -> int:
 def update_link(fd: int, program_fd: int) -> None:
     """Put another program in a link's place; no packet passes between the two."""
     _bpf(_LINK_UPDATE, struct.pack("=IIII", fd, program_fd, 0, 0))
+
+
+def detach_link(fd: int) -> None:
+    """Take a link's program off, whoever else holds the link; one whose interface has gone is no error (Linux 5.9)."""
+    _bpf(_LINK_DETACH, struct.pack("=I", fd))

@@ -9,14 +9,14 @@ import errno
 import logging
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from otel_lb_hop.kernel import bpf
 from otel_lb_hop.kernel.netlink import EGRESS_PARENT, INGRESS_PARENT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from otel_lb_hop.core.interfaces import Link
     from otel_lb_hop.kernel.netlink import Netlink
@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 XDP_REST_SECONDS = 30.0
 """An uplink that refused XDP is not asked again before: some drivers stop for a moment to find out that they cannot."""
+HOOKING_SECONDS = 1.0
+"""Of one `reconcile`: each tcx link takes a grace period of RCU (some 15 ms), and the ring holds three seconds."""
 _XDP_MODES = {"xdp": bpf.XDP_FLAGS_DRV_MODE, "xdp-generic": bpf.XDP_FLAGS_SKB_MODE}
 _NO_ETHERNET = "it has no Ethernet header"
 _XDP_REFUSALS = {
@@ -52,16 +54,19 @@ class Program(NamedTuple):
 
 
 class Attachment(Protocol):
-    """Programs on one interface."""
+    """A program on one interface."""
 
-    def alive(self) -> bool:
-        """Whether they are still there."""
+    label: str
+    """What it is called by `before`."""
+
+    def before(self) -> list[str] | None:
+        """Say what runs before it on its side of the interface, ours too; None if it is not there any more."""
 
     def detach(self) -> None:
-        """Take them off; an interface that has gone is no error."""
+        """Take it off; an interface that has gone is no error."""
 
     def let_be(self) -> None:
-        """Let go of them, and leave them there as far as they can be without this process."""
+        """Let go of it, and leave it there as far as it can be without this process."""
 
 
 class _LinkAttachment:
@@ -72,28 +77,41 @@ class _LinkAttachment:
         self._pins = pins
         # What an agent before this one pinned goes on; a packet between two links would be lost.
         inherited = pins.obtain_link(ifindex, name, program_fd) if pins else None
-        self.fd = attach() if inherited is None else inherited
-        if pins and inherited is None:
+        if inherited is not None:
+            self._take(inherited)
+            if self.before() is not None:
+                return
+            self.detach()  # it went to another namespace with its interface, and this one has the number now
+        self._take(attach())
+        if pins:
             try:
                 pins.pin_link(ifindex, name, self.fd)
             except OSError:
                 os.close(self.fd)
                 raise
 
+    def _take(self, fd: int) -> None:
+        self.fd = fd
+        joined = bpf.link_info(fd)
+        self.link_id, self.label = joined.link_id, f"program {joined.program_id}"
+
     @property
     def pinned_as(self) -> tuple[int, str]:
         """Interface and name of its pin."""
         return self._place
 
-    def alive(self) -> bool:
-        """Ask the link: one whose interface was deleted names none any more."""
-        return bpf.link_info(self.fd).ifindex != 0
+    def before(self) -> list[str] | None:
+        """Ask the link: one whose interface was deleted names none any more; and nothing is before it."""
+        return [] if bpf.link_info(self.fd).ifindex else None
 
     def detach(self) -> None:
-        """Take the program off."""
+        """Take the program off at once: older kernels free late what was pinned, and refuse it again till then."""
         if self._pins:
             self._pins.unpin_link(*self._place)
-        self.let_be()
+        try:
+            bpf.detach_link(self.fd)
+        finally:
+            self.let_be()
 
     def let_be(self) -> None:
         """Close the link; what is pinned stays attached."""
@@ -105,7 +123,21 @@ class TcxAttachment(_LinkAttachment):
 
     def __init__(self, ifindex: int, program: Program, pins: Pins | None) -> None:
         kind = bpf.BPF_TCX_INGRESS if program.ingress else bpf.BPF_TCX_EGRESS
+        self._hook = ifindex, kind
         super().__init__(ifindex, program.name, program.fd, lambda: bpf.attach_tcx(program.fd, ifindex, kind), pins)
+
+    def before(self) -> list[str] | None:
+        """Ask the interface: a link goes with its interface to another namespace, and lives on there."""
+        try:
+            running = bpf.tcx_programs(*self._hook)
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                raise
+            return None
+        ids = [each.link_id for each in running]
+        if self.link_id not in ids:
+            return None
+        return [f"program {each.program_id}" for each in running[: ids.index(self.link_id)]]
 
 
 class XdpAttachment(_LinkAttachment):
@@ -116,28 +148,28 @@ class XdpAttachment(_LinkAttachment):
 
 
 class ClsactAttachment:
-    """Direct-action filters on the interface's clsact qdisc."""
+    """A direct-action filter on the interface's clsact qdisc."""
 
-    def __init__(self, netlink: Netlink, ifindex: int, programs: Sequence[Program]) -> None:
+    def __init__(self, netlink: Netlink, ifindex: int, program: Program) -> None:
         self._netlink = netlink
         self._ifindex = ifindex
-        self._programs = programs
+        self._program = program
+        self.label = program.name
         try:
-            for each in programs:
-                netlink.add_filter(ifindex, each.parent, each.fd, each.name)
+            netlink.add_filter(ifindex, program.parent, program.fd, program.name)
         except OSError:
             self.detach()
             raise
 
-    def alive(self) -> bool:
-        """Look whether somebody removed the qdisc, and the filters with it."""
-        return all(self._netlink.has_filter(self._ifindex, each.parent, each.name) for each in self._programs)
+    def before(self) -> list[str] | None:
+        """Look what is there, if not somebody removed the qdisc, and the filters with it."""
+        names = self._netlink.filters(self._ifindex, self._program.parent)
+        return names[: names.index(self.label)] if self.label in names else None
 
     def detach(self) -> None:
-        """Remove the filters, and the qdisc if nobody else uses it."""
+        """Remove the filter, and the qdisc if nobody else uses it."""
         try:
-            for each in self._programs:
-                self._netlink.delete_filter(self._ifindex, each.parent, each.name)
+            self._netlink.delete_filter(self._ifindex, self._program.parent, self._program.name)
             self._netlink.delete_empty_clsact(self._ifindex)
         except OSError as error:
             if error.errno not in {errno.ENODEV, errno.ENOENT, errno.EINVAL}:
@@ -156,8 +188,23 @@ class _Hooked:
     egress: Attachment
     datagram: Attachment | None = None
 
+    behind: dict[str, list[str]] = field(default_factory=dict)
+    """What of others runs before ours, by side; told once when it comes."""
+
     def attachments(self) -> list[Attachment]:
         return [each for each in (self.ingress, self.egress, self.datagram) if each]
+
+    def look(self) -> dict[str, list[str]] | None:
+        """Say what of others runs before ours, by side; None if not all of ours are there any more."""
+        ours = {each.label for each in self.attachments()}
+        found: dict[str, list[str]] = {"ingress": [], "egress": []}
+        for each in self.attachments():
+            before = each.before()
+            if before is None:
+                return None
+            side = found["egress" if each is self.egress else "ingress"]
+            side += [other for other in before if other not in ours and other not in side]
+        return {side: others for side, others in found.items() if others}
 
 
 class _Programs(NamedTuple):
@@ -212,6 +259,8 @@ class Hooks:
         self._refusals: dict[int, _Refusal] = {}
         """Of XDP, by interface."""
         self.problems: dict[str, str] = {}
+        self.waiting = 0
+        """How many interfaces the latest `reconcile` had no time for: it is to be called again soon."""
 
     @property
     def method(self) -> str:
@@ -237,35 +286,68 @@ class Hooks:
     def reconcile(self, wanted: Iterable[Link], *, uplinks: Collection[int] = (), datagrams: bool = False) -> None:
         """Attach to what is new, let go of what has gone; a refusal is kept in `problems` and tried again.
 
-        `uplinks`: the interfaces of these numbers are for XDP, if that was asked for. `datagrams`: whether datagrams
-        are to be watched too.
+        `uplinks`: the interfaces of these numbers come first; they are for XDP, if that was asked for. `datagrams`:
+        whether datagrams are to be watched too. After `HOOKING_SECONDS` it leaves the rest for the next time.
         """
-        by_index = {link.index: link for link in wanted}
+        in_order = sorted(wanted, key=lambda link: (link.index not in uplinks, link.name in self.problems))
+        by_index = {link.index: link for link in in_order}
         for_xdp = {index for index in by_index if self._uplink_hook in _XDP_MODES and index in uplinks}
         for index, hooked in list(self._hooked.items()):
             link = by_index.get(index)
-            if link is None or link.ethernet != hooked.link.ethernet or not _alive(hooked):
+            if link is None or link.ethernet != hooked.link.ethernet or not self._look(hooked):
                 del self._hooked[index]
                 self._detach(hooked.link, *hooked.attachments())
         self._refusals = {index: each for index, each in self._refusals.items() if index in for_xdp}
-        self.problems = {}
-        for index, link in by_index.items():
-            try:
-                self._hook(link, xdp=index in for_xdp, datagrams=datagrams)
-            except OSError as error:
-                if error.errno != errno.ENODEV:  # gone again since it was listed
-                    self.problems[link.name] = str(error)
-        if self._pins and not self._settled:
+        self._hook_all(in_order, for_xdp, datagrams=datagrams)
+        for hooked in self._hooked.values():
+            if hooked.behind:
+                self.problems.setdefault(hooked.link.name, _others(hooked.behind))
+        if self._pins and not self._settled and not self.waiting:
             # What an agent before this one watched, and this one does not.
             attached = [each for hooked in self._hooked.values() for each in hooked.attachments()]
             self._pins.unpin_links_except(each.pinned_as for each in attached if isinstance(each, _LinkAttachment))
             self._settled = True
+
+    def _hook_all(self, links: Iterable[Link], for_xdp: Collection[int], *, datagrams: bool) -> None:
+        """Attach to one of these at least, and to as many as there is time for."""
+        until = time.monotonic() + HOOKING_SECONDS
+        before, self.problems, self.waiting = self.problems, {}, 0
+        begun = False
+        for link in links:
+            known = self._hooked.get(link.index)
+            done = known is not None and bool(known.datagram) is datagrams
+            if begun and not done and time.monotonic() > until:
+                if link.name in before:  # its next try follows with the next news
+                    self.problems[link.name] = before[link.name]
+                else:
+                    self.waiting += 1
+                continue
+            begun |= not done
+            try:
+                self._hook(link, xdp=link.index in for_xdp, datagrams=datagrams)
+            except OSError as error:
+                if error.errno != errno.ENODEV:  # gone again since it was listed
+                    self.problems[link.name] = str(error)
+
+    def _look(self, hooked: _Hooked) -> bool:
+        """Whether all of ours are on it; also what of others has come before them, which is said once.
+
+        Nobody's place is taken back: two that both want the first one would change it forever.
+        """
+        behind = hooked.look()
+        if behind is None:
+            return False
+        if behind and behind != hooked.behind:
+            log.warning("%s: %s", hooked.link.name, _others(behind))
+        hooked.behind = behind
+        return True
 
     def _hook(self, link: Link, *, xdp: bool, datagrams: bool) -> None:
         programs = self._programs[link.ethernet]
         hooked = self._hooked.get(link.index)
         if hooked is None:
             hooked = self._hooked[link.index] = self._hook_new(link, programs, xdp=xdp)
+            self._look(hooked)  # a filter may find no place before others, a pinned link may have lost it
         hooked.link = link
         if isinstance(hooked.ingress, XdpAttachment) is not xdp:
             # First the new, then the old: no packet is missed, and the programs know one that both have seen.
@@ -305,7 +387,7 @@ class Hooks:
             else:
                 self._tcx = True
                 return attachment
-        clsact = ClsactAttachment(self._netlink, link.index, [program])
+        clsact = ClsactAttachment(self._netlink, link.index, program)
         self._tcx = False
         return clsact
 
@@ -349,8 +431,9 @@ class Hooks:
         self._hooked = {}
 
 
-def _alive(hooked: _Hooked) -> bool:
-    return all(each.alive() for each in hooked.attachments())
+def _others(behind: Mapping[str, list[str]]) -> str:
+    told = "; ".join(f"{', '.join(others)} on {side}" for side, others in behind.items())
+    return f"others run before ours ({told}): what they do not hand on is not seen"
 
 
 def remove_filters(programs: Iterable[str], netlink: Netlink) -> int:

@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import socket
+import struct
 import sys
 import threading
 from typing import TYPE_CHECKING, Any
@@ -29,8 +30,6 @@ log = logging.getLogger(__name__)
 ARPHRD_ETHER = 1
 INGRESS_PARENT = "ffff:fff2"
 EGRESS_PARENT = "ffff:fff3"
-_PRIORITIES = range(1, 9)
-"""Those that are tried; 1 is the first that there is."""
 _OURS = "lbh_"
 """How the names of our programs begin."""
 _UNICAST, _LOCAL = 1, 2
@@ -39,6 +38,32 @@ _MAIN_TABLE, _LOCAL_TABLE = 254, 255
 _IPV4_BITS = 96
 """How many bits more an IPv4 prefix has as one of mapped addresses."""
 _ENOUGH_OF_A_NOTICE = 64
+
+_ALL_PROTOCOLS = socket.htons(3)
+"""ETH_P_ALL as a filter's protocol."""
+_CLSACT_HANDLE = 0xFFFF0000
+"""Of the qdisc clsact, and of the qdisc ingress as well: an interface has one of them."""
+_GET_LINK = 18
+_DUMP = 0x301
+"""NLM_F_REQUEST and NLM_F_DUMP."""
+_NEW_LINK, _ERROR, _DONE = 16, 2, 3
+_INTERRUPTED = 0x10
+"""NLM_F_DUMP_INTR: what was dumped changed meanwhile."""
+_DUMP_TRIES = 5
+_DUMP_SECONDS = 5
+_LONGEST_MESSAGE = 1 << 16
+_SKIP_STATS = 1 << 3
+"""RTEXT_FILTER_SKIP_STATS."""
+_LINK_HEAD = struct.Struct("=IHHIIBxHiII")
+"""struct nlmsghdr and struct ifinfomsg."""
+_ATTRIBUTE = struct.Struct("=HH")
+"""struct rtattr."""
+_TYPE_MASK = 0x3FFF
+_NAME, _LOWER, _MASTER, _INFO, _EXT_MASK, _NETNS = 3, 5, 10, 18, 29, 37
+"""IFLA_IFNAME, IFLA_LINK, IFLA_MASTER, IFLA_LINKINFO, IFLA_EXT_MASK, IFLA_LINK_NETNSID."""
+_INFO_KIND = 1
+_LOOPBACK = 1 << 3
+"""IFF_LOOPBACK."""
 
 
 @contextlib.contextmanager
@@ -65,10 +90,17 @@ class Netlink:
         """Close the socket."""
         self._socket.close()
 
-    @_os_errors()
     def links(self) -> list[Link]:
-        """List all interfaces but the loopback ones."""
-        return [_link(message) for message in self._socket.get_links() if not message["flags"] & 0x8]
+        """List all interfaces but the loopback ones.
+
+        Read by hand: where there are hundreds of pods, pyroute2 takes fifty times as long over all their attributes.
+        """
+        for _ in range(_DUMP_TRIES):
+            links, whole = _dump_links()
+            if whole:
+                break
+        # Else they change faster than they can be read; the news of the last change is still to come.
+        return links
 
     @_os_errors()
     def routes(self) -> list[Route]:
@@ -85,7 +117,7 @@ class Netlink:
         """Attach a tc program in direct-action mode on the clsact qdisc, which is added if need be.
 
         A filter of ours that an agent before this one left is replaced, with no packet in between, or kept if it has
-        this program.
+        this program. A new one goes as far to the front as other filters let it.
         """
         try:
             self._socket.tc("add", "clsact", ifindex)
@@ -93,16 +125,18 @@ class Netlink:
         except NetlinkError as error:
             if error.code != errno.EEXIST:
                 raise
+            self._require_clsact(ifindex)
             if not self._has_only_ours(ifindex):
                 self._foreign_clsact.add(ifindex)
         ours = [message for message in self._filters(ifindex, parent) if _filter_name(message) == name]
-        if not ours:
-            self._add_first(ifindex, parent=parent, fd=fd, name=name)
-        elif filter_program(ours[0]) != bpf.program_id(fd):
+        if ours and filter_program(ours[0]) == bpf.program_id(fd):
+            return
+        if ours:
             place = {"handle": ours[0]["handle"], "prio": ours[0]["info"] >> 16}
-            self._socket.tc(
-                "replace-filter", "bpf", ifindex, fd=fd, name=name, parent=parent, direct_action=True, **place
-            )
+        else:
+            place = {"prio": self._first_priority(ifindex, parent)}
+        command = "replace-filter" if ours else "add-filter"
+        self._socket.tc(command, "bpf", ifindex, fd=fd, name=name, parent=parent, direct_action=True, **place)
 
     @_os_errors()
     def delete_filter(self, ifindex: int, parent: str, name: str) -> None:
@@ -116,43 +150,52 @@ class Netlink:
     @_os_errors()
     def has_filter(self, ifindex: int, parent: str, name: str) -> bool:
         """Whether our filter is there."""
-        return any(_filter_name(message) == name for message in self._filters(ifindex, parent))
+        return name in self.filters(ifindex, parent)
+
+    @_os_errors()
+    def filters(self, ifindex: int, parent: str) -> list[str]:
+        """Name the filters of one side in the order they run: BPF programs by their names, others by their kinds."""
+        return [_filter_name(each) or each.get_attr("TCA_KIND") for each in self._filters(ifindex, parent)]
 
     @_os_errors()
     def delete_empty_clsact(self, ifindex: int) -> None:
         """Remove the clsact qdisc of an interface if no filter is left on it and it is not somebody else's."""
-        if ifindex not in self._foreign_clsact and not self._all_filters(ifindex):
+        if ifindex not in self._foreign_clsact and not self._both_sides(ifindex):
             self._socket.tc("del", "clsact", ifindex)
-
-    def _add_first(self, ifindex: int, **program: object) -> None:
-        """Put a program before all others: of the same priority, the kernel runs the newest first.
-
-        A priority takes filters of one kind and protocol only (EINVAL): another's at the first one, say of flower, is
-        before ours then.
-        """
-        for priority in _PRIORITIES:
-            try:
-                self._socket.tc("add-filter", "bpf", ifindex, prio=priority, direct_action=True, **program)
-            except NetlinkError as error:
-                if error.code != errno.EINVAL or priority == _PRIORITIES[-1]:
-                    raise
-            else:
-                if priority > _PRIORITIES[0]:
-                    log.warning("interface %d: filters of another kind run before %s", ifindex, program["name"])
-                return
 
     def _has_only_ours(self, ifindex: int) -> bool:
         """Whether a clsact qdisc has filters of an agent that was killed, and no others: it is that agent's."""
-        filters = self._all_filters(ifindex)
+        filters = self._both_sides(ifindex)
         return bool(filters) and all((_filter_name(message) or "").startswith(_OURS) for message in filters)
 
-    def _all_filters(self, ifindex: int) -> list[Any]:
+    def _both_sides(self, ifindex: int) -> list[Any]:
         return [*self._filters(ifindex, INGRESS_PARENT), *self._filters(ifindex, EGRESS_PARENT)]
 
+    def _require_clsact(self, ifindex: int) -> None:
+        """Refuse the qdisc ingress in the place of clsact: it would run the filters for egress on ingress."""
+        for message in self._socket.get_qdiscs(index=ifindex):
+            if message["handle"] == _CLSACT_HANDLE and message.get_attr("TCA_KIND") != "clsact":
+                raise OSError(
+                    errno.EBUSY, "it has the qdisc ingress, which leaves no room for clsact and so none to watch egress"
+                )
+
+    def _first_priority(self, ifindex: int, parent: str) -> int:
+        """Find the first priority that is free, or of BPF filters: all filters of one have one kind and protocol."""
+        taken = {
+            message["info"] >> 16
+            for message in self._all_filters(ifindex, parent)
+            if message.get_attr("TCA_KIND") != "bpf" or message["info"] & 0xFFFF != _ALL_PROTOCOLS
+        }
+        return next(priority for priority in range(1, 1 << 16) if priority not in taken)
+
     def _filters(self, ifindex: int, parent: str) -> list[Any]:
+        # One without a handle stands for all of its priority.
+        return [message for message in self._all_filters(ifindex, parent) if message["handle"] != 0]
+
+    def _all_filters(self, ifindex: int, parent: str) -> list[Any]:
         major, minor = parent.split(":")
         handle = int(major, 16) << 16 | int(minor, 16)
-        return [message for message in self._socket.get_filters(index=ifindex, parent=handle) if message["handle"] != 0]
+        return list(self._socket.get_filters(index=ifindex, parent=handle))
 
 
 def _filter_name(message: Any) -> str | None:  # noqa: ANN401 - a pyroute2 message
@@ -189,18 +232,59 @@ def _route(message: Any) -> Route:  # noqa: ANN401 - a pyroute2 message
     )
 
 
-def _link(message: Any) -> Link:  # noqa: ANN401 - a pyroute2 message
-    info = message.get("linkinfo")
-    # A lower link in another namespace (a veth's peer) has an index of that namespace.
-    foreign = message.get("link_netnsid") is not None
+def _dump_links() -> tuple[list[Link], bool]:
+    """Ask for all links; answers also whether none came, went or changed meanwhile. Raises OSError."""
+    links: list[Link] = []
+    whole = True
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as asking:
+        asking.settimeout(_DUMP_SECONDS)
+        wish = _ATTRIBUTE.pack(8, _EXT_MASK) + struct.pack("=I", _SKIP_STATS)
+        head = _LINK_HEAD.pack(_LINK_HEAD.size + len(wish), _GET_LINK, _DUMP, 1, 0, socket.AF_UNSPEC, 0, 0, 0, 0)
+        asking.sendto(head + wish, (0, 0))
+        while True:
+            answer = asking.recv(_LONGEST_MESSAGE)
+            place = 0
+            while place < len(answer):
+                size, kind, flags = struct.unpack_from("=IHH", answer, place)
+                whole = whole and not flags & _INTERRUPTED
+                if kind == _DONE:
+                    return links, whole
+                if kind == _ERROR:
+                    (code,) = struct.unpack_from("=i", answer, place + 16)
+                    raise OSError(-code, os.strerror(-code))
+                if kind == _NEW_LINK and (link := _link(answer[place : place + size])):
+                    links.append(link)
+                place += size + 3 & ~3
+
+
+def _link(message: bytes) -> Link | None:
+    """Read a message about a link; None if it is a loopback."""
+    *_, kind, index, flags, _ = _LINK_HEAD.unpack_from(message)
+    if flags & _LOOPBACK:
+        return None
+    found = _attributes(message, _LINK_HEAD.size)
+    numbers = {each: int.from_bytes(found[each], sys.byteorder) for each in (_LOWER, _MASTER) if each in found}
+    info = _attributes(found[_INFO], 0) if _INFO in found else {}
     return Link(
-        index=message["index"],
-        name=message.get("ifname"),
-        kind=info.get("kind") if info else None,
-        ethernet=message["ifi_type"] == ARPHRD_ETHER,
-        lower=None if foreign else message.get("link"),
-        master=message.get("master"),
+        index=index,
+        name=os.fsdecode(found[_NAME].rstrip(b"\0")),
+        kind=info[_INFO_KIND].rstrip(b"\0").decode() if _INFO_KIND in info else None,
+        ethernet=kind == ARPHRD_ETHER,
+        # A lower link in another namespace (a veth's peer) has an index of that namespace.
+        lower=None if _NETNS in found else numbers.get(_LOWER),
+        master=numbers.get(_MASTER),
     )
+
+
+def _attributes(message: bytes, place: int) -> dict[int, bytes]:
+    found = {}
+    while place + _ATTRIBUTE.size <= len(message):
+        size, kind = _ATTRIBUTE.unpack_from(message, place)
+        if size < _ATTRIBUTE.size:
+            break
+        found[kind & _TYPE_MASK] = message[place + _ATTRIBUTE.size : place + size]
+        place += size + 3 & ~3
+    return found
 
 
 class Monitor:

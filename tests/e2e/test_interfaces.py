@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import http
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from otel_lb_hop.kernel.bpf import BPF_TCX_EGRESS, BPF_TCX_INGRESS
 from otel_lb_hop.model import pack_address
+from tests.bench.measure import QUIET
 from tests.e2e.collector import Collector
 from tests.e2e.conftest import TARGET_PORT
+from tests.lab import programs
 from tests.lab.agent import Agent, agents_on
+from tests.lab.bpffs import bpffs
 from tests.lab.requirements import needs_lab
 from tests.lab.waiting import wait_for
 
 if TYPE_CHECKING:
     from tests.lab import Lab
+    from tests.lab.host import Host
 
 pytestmark = [pytest.mark.root, pytest.mark.collector, needs_lab]
 
@@ -93,3 +101,95 @@ def test_interfaces_that_flicker_under_traffic(lab: Lab) -> None:
         assert agent.readyz().content["degraded"] == []
     assert sum(series.value for series in collector.series("lb_hop.connections")) == rounds * SENT
     assert len(collector.logs()) == rounds * SENT
+
+
+def attached(host: Host, name: str) -> int:
+    """Count the tcx programs on an interface."""
+    hooks = (BPF_TCX_INGRESS, BPF_TCX_EGRESS)
+    return host.in_netns(lambda: sum(len(programs.attached(socket.if_nametoindex(name), hook)) for hook in hooks))
+
+
+def descriptors(agent: Agent) -> int:
+    """Count the descriptors of an agent."""
+    return len([*Path(f"/proc/{agent.process.pid}/fd").iterdir()])
+
+
+def test_renamed_and_moved(lab: Lab) -> None:
+    """Under its new name an uplink is matched and told of; what moves into a pod takes nothing of ours along."""
+    lab.apply([lab.vip_port(VIP, 80, backends=lab.pods[:1], target_port=TARGET_PORT)], announce={VIP: lab.nodes[:1]})
+    node, pod = lab.nodes[0], lab.pods[0]
+    own = {"OTEL_LB_HOP_INTERFACES": "eth0,mgmt,net0,up*,vpod*"}
+    with bpffs(lab.directory / "bpf") as mounted, Collector(lab) as collector:
+        own["OTEL_LB_HOP_PIN_PATH"] = str(mounted / "otel-lb-hop")
+        with Agent(node, lab.vips_path, collector.settings() | own) as agent:
+            for old, new in (("net0", "up0"), ("up0", "other0"), ("other0", "net0")):
+                node.run(["ip", "link", "set", old, "name", new])
+                expected = sorted({*ALWAYS, new} - {"net0", "other0"} | {*ALWAYS} & {new})
+                wait_for(new, lambda: hooked(agent) == expected)  # noqa: B023
+                assert new in agent.part("interfaces")["detail"]["uplinks"]
+                assert attached(node, new) == (0 if new == "other0" else 2)
+                assert all(result.ok for result in lab.connect(VIP, 80, SENT))
+            wait_for("log records", lambda: len(collector.logs()) >= 2 * SENT)
+            before = descriptors(agent)
+            for _ in range(3):
+                node.run(["ip", "link", "add", "vpod9", "index", "777", "type", "veth", "peer", "name", "vpod10"])
+                wait_for("the pair", lambda: all_hooked(agent, ["vpod9", "vpod10"]))
+                node.run(["ip", "link", "set", "vpod9", "netns", f"/run/netns/{pod.netns}"])
+                wait_for("its end here", lambda: hooked(agent) == sorted([*ALWAYS, "vpod10"]))
+                assert attached(pod, "vpod9") == 0
+                assert not [*mounted.rglob("link_777_*")]
+                pod.run(["ip", "link", "del", "vpod9"])
+                wait_for("the end of both", lambda: hooked(agent) == ALWAYS)
+            wait_for("as many descriptors as before", lambda: descriptors(agent) <= before)
+            assert agent.readyz().content["degraded"] == []
+        assert " ERROR " not in agent.stderr
+        assert " WARNING " not in agent.stderr
+    names = [record.attributes["network.interface.name"] for record in collector.logs()]
+    assert sorted(names) == ["net0"] * SENT + ["up0"] * SENT
+
+
+def test_begun_before_the_network(lab: Lab) -> None:
+    """An agent that finds no interface at all says that it is not ready, and counts once there is one."""
+    lab.apply([])
+    netns = f"{lab.nodes[0].netns}-late"
+    lab.nodes[0].run(["ip", "netns", "add", netns])
+    try:
+        node = replace(lab.nodes[0], netns=netns)
+        node.run(["ip", "link", "set", "lo", "up"])
+        agent = Agent(node, lab.vips_path, QUIET, name="late")
+        try:
+            wait_for("/readyz", lambda: agent.readyz().status, 60)
+            wait_for("the part", lambda: agent.part("interfaces"), 60)
+            state = agent.readyz()
+            assert state.status == http.HTTPStatus.SERVICE_UNAVAILABLE
+            assert state.content["parts"]["interfaces"]["detail"]["hooked"] == []
+            node.run(["ip", "link", "add", "first", "type", "veth", "peer", "name", "second"])
+            agent.wait_ready()
+            wait_for("both", lambda: hooked(agent) == ["first", "second"])
+            assert attached(node, "first") == 2
+            assert "counting on no interface yet" in agent.stderr
+            node.run(["ip", "link", "del", "first"])
+            wait_for("its end", lambda: agent.readyz().status == http.HTTPStatus.SERVICE_UNAVAILABLE)
+            agent.stop()
+            assert " ERROR " not in agent.stderr
+        finally:
+            agent.kill()
+    finally:
+        lab.nodes[0].run(["ip", "netns", "del", netns])
+
+
+def test_routes_that_take_long_to_read(lab: Lab) -> None:
+    """Where there are many routes they are not read each time; what changes in between is not left to chance."""
+    lab.apply([])
+    node = lab.nodes[0]
+    many = "".join(f"route {{}} 10.77.{number // 250}.{number % 250}/32 dev vpod1\n" for number in range(200))
+    gateway = ["default", "via", "172.30.0.1", "dev", "mgmt", "table", "777"]
+    with Agent(node, lab.vips_path, QUIET) as agent:
+        node.run(["ip", "-batch", "-"], text=many.replace("{}", "add"))
+        try:
+            for _ in range(2):
+                for what, expected in (("add", ["eth0", "mgmt", "net0"]), ("del", ["eth0", "net0"])):
+                    node.run(["ip", "route", what, *gateway])
+                    wait_for(what, lambda: agent.part("interfaces")["detail"]["uplinks"] == expected, 20)  # noqa: B023
+        finally:
+            node.run(["ip", "-batch", "-"], text=many.replace("{}", "del"))

@@ -8,6 +8,7 @@ import pytest
 
 from otel_lb_hop.kernel.loader import Sizes, load
 from otel_lb_hop.kernel.netlink import Netlink
+from tests.kernel.handshakes import Handshakes
 from tests.kernel.rig import Namespace, Rig, close
 
 if TYPE_CHECKING:
@@ -67,6 +68,14 @@ def narrow(_narrow: Rig) -> Iterator[Rig]:
 def netlink(rig: Rig) -> Iterator[Netlink]:  # noqa: ARG001 - whose namespace the thread is in
     """Give a test a netlink socket in the namespace of the rig."""
     made = Netlink()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def handshakes(rig: Rig) -> Iterator[Handshakes]:
+    """Give a test a VIP port of each family, and a way to send handshakes."""
+    made = Handshakes(rig)
     yield made
     made.close()
 

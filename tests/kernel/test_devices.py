@@ -45,7 +45,7 @@ def attached(rig: Rig, program: str, interface: int) -> Iterator[None]:
     netlink = Netlink()
     ours = Program(program, rig.loaded.programs[program], ingress="ingress" in program)
     try:
-        attachment = TcxAttachment(interface, ours, None) if HAS_TCX else ClsactAttachment(netlink, interface, [ours])
+        attachment = TcxAttachment(interface, ours, None) if HAS_TCX else ClsactAttachment(netlink, interface, ours)
         yield
         attachment.detach()
     finally:

@@ -37,7 +37,6 @@ XDP = pytest.mark.parametrize("hook", ["xdp", "xdp-generic"])
 MODES = {"xdp": bpf.XDP_FLAGS_DRV_MODE, "xdp-generic": bpf.XDP_FLAGS_SKB_MODE}
 SHOWN = {"xdp": " xdp ", "xdp-generic": " xdpgeneric "}
 ETH_P_IP, PACKET_STATISTICS = 0x0800, 6
-BPF_LINK_DETACH = 34
 TURNS = 20
 """How often an interface goes over, to XDP and back."""
 
@@ -333,5 +332,5 @@ def test_link_that_was_forced_off(rig: Rig, netlink: Netlink) -> None:
             assert SHOWN["xdp"] in shown("uplink")
             ingress = made._hooked[rig.uplink].ingress
             assert isinstance(ingress, XdpAttachment)
-            bpf._bpf(BPF_LINK_DETACH, ingress.fd.to_bytes(4, "little"))
+            bpf.detach_link(ingress.fd)
             assert "xdp" not in shown("uplink")

@@ -14,10 +14,8 @@ from otel_lb_hop.kernel import bpf
 
 _PROG_LOAD = 5
 _PROG_GET_FD_BY_ID = 13
-_PROG_QUERY = 16
 _TYPE_XDP = 6
 _RETURN_XDP_PASS = struct.pack("=BBhiBBhi", 0xB7, 0, 0, 2, 0x95, 0, 0, 0)
-_MOST = 64
 
 
 def held_by(pid: int) -> set[int]:
@@ -36,17 +34,12 @@ def still_loaded(ids: set[int]) -> set[int]:
 
 def attached(ifindex: int, attach_type: int) -> list[int]:
     """List the ids of the programs on a tcx hook, in the order they run; none where the kernel has no tcx."""
-    ids = ctypes.create_string_buffer(4 * _MOST)
-    query = struct.pack("=IIIIQI", ifindex, attach_type, 0, 0, ctypes.addressof(ids), _MOST)
-    attributes = ctypes.create_string_buffer(query, 128)
     try:
-        bpf._call(_PROG_QUERY, attributes)
+        return [each.program_id for each in bpf.tcx_programs(ifindex, attach_type)]
     except OSError as error:
         if error.errno == errno.EINVAL:  # of an interface that is not there it is ENODEV
             return []
         raise
-    (count,) = struct.unpack_from("=I", attributes, 24)
-    return list(struct.unpack_from(f"={count}I", ids))
 
 
 def foreign_xdp() -> int:
