@@ -40,6 +40,7 @@ from otel_lb_hop.export.resource import Identity, make_resource
 from otel_lb_hop.kernel.bpf import run_program
 from otel_lb_hop.kernel.conntrack import ConntrackSocket, Places, events_problem, list_entries
 from otel_lb_hop.kernel.hooks import Hooks
+from otel_lb_hop.kernel.loader import retire_ring
 from otel_lb_hop.kernel.netlink import Monitor, Netlink
 from otel_lb_hop.kernel.ring import Ring
 from otel_lb_hop.kernel.tables import KernelTables
@@ -124,6 +125,7 @@ class Agent:
         self._unresolved = 0
         self._abandoned = 0
         self._settled_before = 0
+        self._settled = 0
         self._offset_ns = _clock_offset_ns()
         self._kernel_stage = kernel_stage(Rows(0, 0), (0,) * len(Event))
         self._unconfirmed = False
@@ -163,7 +165,6 @@ class Agent:
         # What no signal wants is not sampled by the kernel, so that the rate is left to what is wanted.
         self._record_ratio = config.record_ratio if logs else min(config.record_ratio, config.span_ratio)
         self._tables.set_settings(self._settings(VERDICT_AFTER_NS))
-        self._ring = Ring(self._loaded.records_fd, self._loaded.state.earlier_records)
         self._netlink = Netlink()
         self._monitor = Monitor()
         self._hooks = Hooks(self._loaded.programs, self._netlink, self._loaded.pins, uplink_hook=config.hook)
@@ -175,8 +176,9 @@ class Agent:
         self._report_topology()
         self._reconcile_interfaces()
         self._require_a_hook()
-        self._report_pins()
+        self._settle_pins()
         self._make_outlets(sinks)
+        self._open_ring()
         self._keep_books(self._tables.snapshot())  # the first report is earlier than the first export
         # What only the start needed goes back to the system; what stays is never again looked through for garbage.
         gc.collect()
@@ -194,6 +196,7 @@ class Agent:
         self._topology.adopt(names, last_id, time.time_ns())
         mark = self._loaded.notes.get(MARK_KEY)
         self._settled_before, self._unlisted = unpack_mark(mark) if mark else (0, False)
+        self._settled = self._settled_before
         self._unconfirmed = True
         self._needs_before = self._tables.datagram_needs
 
@@ -203,20 +206,26 @@ class Agent:
         how = f"compiled in {loaded.compile_seconds:.2f} s" if loaded.compile_seconds else "nothing to compile"
         return f"{how}; counters since {since}" if loaded.inherited else how
 
-    def _report_pins(self) -> None:
-        """Tell whether what is counted outlives the agent; and take off what was pinned before and is of no use."""
-        pins, problem = self._loaded.pins, self._not_pinned
+    def _settle_pins(self) -> None:
+        """Take off what was pinned before and is of no use; say once if nothing is."""
+        pins = self._loaded.pins
         if self._folder and pins:
             gone = self._folder.remove_except(pins)
             if gone:
                 log.info("took off %d older generations of programs", gone)
         elif self._folder:
-            problem = f"{self._folder.path} takes no pins"
-        if problem:
+            self._not_pinned = f"{self._folder.path} takes no pins"
+        if self._not_pinned:
             log.warning(
-                "nothing is pinned, so counters begin anew with each start and nothing counts in between: %s", problem
+                "nothing is pinned, so counters begin anew with each start and nothing counts in between: %s",
+                self._not_pinned,
             )
-        detail = problem or ("pinned" if pins else "off")
+        self._report_pins()
+
+    def _report_pins(self) -> None:
+        """Tell whether what is counted outlives the agent."""
+        problem = self._not_pinned or self._hooks.not_pinned
+        detail = problem or ("pinned" if self._loaded.pins else "off")
         self._health.report("pins", healthy=problem is None, vital=False, detail=detail)
 
     def _open_sources_and_sinks(self) -> Sinks:
@@ -348,6 +357,23 @@ class Agent:
 
     # packets ─ ring ─ decode ─ courses ─ encode ─ logs and spans
 
+    def _open_ring(self) -> None:
+        """Begin to read the ring; first to its end the one before it, if it gave way to one of another size."""
+        loaded = self._loaded
+        if loaded.previous_records_fd is None:
+            self._ring = Ring(loaded.records_fd, loaded.state.earlier_records)
+            return
+        while self._hooks.waiting:
+            self._reconcile_interfaces()
+        # Nothing is put there any more: every link runs the new programs.
+        previous = self._ring = Ring(loaded.previous_records_fd, loaded.state.earlier_records)
+        while previous.pending_records:
+            self._drain()
+        self._ring = Ring(loaded.records_fd, previous.seen)
+        self._ring.follow(previous)
+        retire_ring(loaded, previous.seen)
+        previous.close()
+
     def _drain(self) -> bool:
         offset_ns = _clock_offset_ns()
         records = self._ring.drain(DRAIN_RECORDS)
@@ -369,7 +395,11 @@ class Agent:
         for stage in stages:
             way = stage.signal, stage.exporter
             ways[way] = ways.get(way, 0) + stage.in_flight
-        settled = self._ring.taken_before + self._ring.taken - max(ways.values(), default=0)
+        self._note(self._ring.taken_before + self._ring.taken - max(ways.values(), default=0))
+
+    def _note(self, settled: int) -> None:
+        """Leave to the next agent how far this one has come."""
+        self._settled = settled
         self._loaded.notes.put(MARK_KEY, pack_mark(Mark(settled, self._conntrack is not None)))
 
     def _sweep(self) -> None:
@@ -423,12 +453,11 @@ class Agent:
 
     def _ledger(self) -> Ledger:
         """Account for every record; the kernel's stage is as of the latest snapshot."""
-        ring, left_behind = self._ring, self._loaded.left_behind
+        ring = self._ring
         ring_dropped = {
             "wrong_size": ring.wrong_size,
             "shutdown": self._abandoned,
-            "unsettled": ring.taken_before - left_behind - self._settled_before,
-            "ring_replaced": left_behind,
+            "unsettled": ring.taken_before - self._settled_before,
         }
         in_ring = ring.pending_records - self._abandoned
         stages = [
@@ -586,7 +615,9 @@ class Agent:
         known, left_out = places
         try:
             self._places.set(known)
-            self._conntrack = self._conntrack or ConntrackSocket(self._loaded.programs["lbh_conntrack"])
+            if not self._conntrack:
+                self._conntrack = ConntrackSocket(self._loaded.programs["lbh_conntrack"])
+                self._note(self._settled)
             if self._unlisted:
                 self._settle_conntrack()
             problem = events_problem()
@@ -598,10 +629,10 @@ class Agent:
 
     def _settle_conntrack(self) -> None:
         """Count what began while no agent listened, as far as conntrack still has it."""
-        self._unlisted = False
         told = sum(1 for _ in self._loaded.told_flows.keys())  # noqa: SIM118 - no dict
         if told > TOLD_FLOWS_SURE * self._loaded.sizes.told_flows:
             log.warning("too many flows are open to tell which began while no agent listened; those are not counted")
+            self._unlisted = False
             return
         fd = self._loaded.programs["lbh_conntrack"]
         handed = 0
@@ -609,6 +640,7 @@ class Agent:
         for message in list_entries(self._tables.vip_ports if own_calls else self._tables.datagram_ports):
             run_program(fd, message)
             handed += 1
+        self._unlisted = False
         log.info("conntrack has %d connections of UDP or SCTP; those that nobody had heard of are counted now", handed)
 
     def _require_a_hook(self) -> None:
@@ -618,6 +650,7 @@ class Agent:
 
     def _report(self) -> None:
         self._report_topology()
+        self._report_pins()
         self._report_exports()
         self._introduce()
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from otel_lb_hop import __version__
 from otel_lb_hop.cluster.file_source import FileSource
-from otel_lb_hop.config import VIPS_FILE, Config, closest_setting, pin_path_of
+from otel_lb_hop.config import PIN_PATH, VIPS_FILE, Config, closest_setting, pin_path_of
 from otel_lb_hop.errors import ConfigError, KernelError
 from otel_lb_hop.export.otlp_settings import OTLP, unheeded
 from otel_lb_hop.kernel.loader import Sizes, begin_loading, ring_pages
-from otel_lb_hop.kernel.pins import claim
+from otel_lb_hop.kernel.pins import claim, leave
 from otel_lb_hop.kernel.privileges import least
 from otel_lb_hop.ops.logs import set_up_logging
 from otel_lb_hop.ops.stop import Stop
@@ -74,7 +74,11 @@ def run(environ: Mapping[str, str]) -> None:
     # Before any other thread: what it holds besides is given up here.
     with least():
         pinning = claim(config.pin_path)
-        loading = begin_loading(Sizes(ring_pages=ring_pages(config.record_rate)), pinning, xdp=config.hook != "tc")
+        if pinning.folder is None and (done := leave(config.pin_path or Path(PIN_PATH.default))):
+            log.warning("%s", done)
+        loading = begin_loading(
+            Sizes(ring_pages=ring_pages(config.record_rate)), pinning, config.node_name, xdp=config.hook != "tc"
+        )
     # The agent's imports go on while the child compiles.
     from otel_lb_hop.agent import Agent  # noqa: PLC0415
 

@@ -42,8 +42,14 @@ class State(NamedTuple):
     """The wall clock's time from which on the kernel counts."""
     netns: int
     """The network namespace (inode) that is watched."""
+    node_name: str
+    """As which the agent told what is counted: under another name it would tell it a second time."""
+    ring: str
+    """The pin of the ring."""
+    previous_ring: str
+    """The pin of the ring before it, until that is read to its end; or empty."""
     earlier_records: int
-    """Records that went through rings which another has replaced."""
+    """Records that went through the rings before the previous one, or before the ring if there is none."""
 
 
 class Journal(NamedTuple):
@@ -127,6 +133,9 @@ def _state(fields: Any) -> State:  # noqa: ANN401 - what JSON held
         (int(multiplier), int(addend)),
         int(fields["created_ns"]),
         int(fields["netns"]),
+        str(fields["node_name"]),
+        str(fields["ring"]),
+        str(fields["previous_ring"]),
         int(fields["earlier_records"]),
     )
 

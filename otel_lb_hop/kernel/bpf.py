@@ -34,7 +34,8 @@ _MAP_LOOKUP_BATCH = 24
 _LINK_CREATE = 28
 _LINK_UPDATE = 29
 _LINK_DETACH = 34
-_MAP_TYPES = {"hash": 1, "array": 2}
+HASH, ARRAY, RING = 1, 2, 27
+"""BPF_MAP_TYPE_HASH, BPF_MAP_TYPE_ARRAY, BPF_MAP_TYPE_RINGBUF."""
 _F_NO_PREALLOC = 1
 _NO_COMMAND = 0x7FFF_FFFF
 
@@ -219,13 +220,11 @@ def attach_xdp(fd: int, ifindex: int, mode: int) -> int:
     return _bpf(_LINK_CREATE, struct.pack("=IIII", fd, ifindex, BPF_XDP, mode))
 
 
-def create_map(kind: str, key_size: int, value_size: int, entries: int, name: str) -> Map:
-    """Make a map of kind `hash`, whose entries take memory when they come, or `array`."""
-    flags = _F_NO_PREALLOC if kind == "hash" else 0
-    attributes = struct.pack(
-        "=IIIIIII15sx", _MAP_TYPES[kind], key_size, value_size, entries, flags, 0, 0, name.encode("ascii")
-    )
-    return Map(_bpf(_MAP_CREATE, attributes), key_size, value_size)
+def create_map(shape: MapShape, name: str) -> Map:
+    """Make a map: a hash, whose entries take memory when they come, or an array."""
+    flags = _F_NO_PREALLOC if shape.kind == HASH else 0
+    attributes = struct.pack("=IIIIIII15sx", *shape, flags, 0, 0, name.encode("ascii"))
+    return Map(_bpf(_MAP_CREATE, attributes), shape.key_size, shape.value_size)
 
 
 def pin(fd: int, path: Path) -> None:
@@ -237,7 +236,10 @@ def pin(fd: int, path: Path) -> None:
 def open_pinned(path: Path) -> int:
     """Open what is pinned there; answers its descriptor."""
     name = ctypes.create_string_buffer(os.fsencode(path))
-    return _bpf(_OBJ_GET, struct.pack("=QI", _address(name), 0))
+    try:
+        return _bpf(_OBJ_GET, struct.pack("=QI", _address(name), 0))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class LinkInfo(NamedTuple):
@@ -288,10 +290,20 @@ def program_id(fd: int) -> int:
     return int(number)
 
 
-def map_entries(fd: int) -> int:
-    """Tell how many entries a map can hold, of a ring buffer its bytes (struct bpf_map_info)."""
-    *_, entries = struct.unpack_from("=IIIII", _info(fd))
-    return int(entries)
+class MapShape(NamedTuple):
+    """What a map is (struct bpf_map_info)."""
+
+    kind: int
+    key_size: int
+    value_size: int
+    entries: int
+    """How many it can hold; of a ring buffer its bytes."""
+
+
+def map_shape(fd: int) -> MapShape:
+    """Tell the shape of a map."""
+    kind, _, *sizes = struct.unpack_from("=IIIII", _info(fd))
+    return MapShape(kind, *sizes)
 
 
 def update_link(fd: int, program_fd: int) -> None:

@@ -4,7 +4,8 @@ bcc with LLVM costs over 100 MiB, so a short-lived process compiles and loads, h
 and maps over its socket (SCM_RIGHTS) and exits. Request and answer are one JSON object each:
 {"source": path, "includes": [path], "defines": {name: value}, "programs": {name: type}, "maps": [name],
 "given": [name]} with a descriptor for each map that is given, to be used in place of a new one of that name
-→ {"programs": [name], "maps": [name]} with as many descriptors in that order, or {"error": text}.
+→ {"programs": [name], "maps": [name]} with as many descriptors in that order, {"other_shape": true} if a map that was
+given is not as the source wants it, or {"error": text}.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from otel_lb_hop.kernel import bpf
 from otel_lb_hop.kernel.privileges import least_for_child
 
 MAX_MESSAGE = 1 << 16
@@ -83,6 +85,11 @@ def writable_folder() -> str:
     raise FileNotFoundError(text)
 
 
+def _is_alike(wanted: bpf.MapShape, there: bpf.MapShape) -> bool:
+    """Whether the programs can use a map in place of one: a ring buffer may have another size."""
+    return wanted == there or wanted.kind == there.kind == bpf.RING
+
+
 def compile_and_load(request: dict[str, Any], given: dict[str, int]) -> tuple[dict[str, Any], list[int]]:
     """Compile the source, load its programs on the maps given, and name the descriptors in the order of the answer."""
     started = time.monotonic()
@@ -97,6 +104,8 @@ def compile_and_load(request: dict[str, Any], given: dict[str, int]) -> tuple[di
     flags += [f"-D{name}={value}" for name, value in request["defines"].items()]
     module = BPF(src_file=request["source"], cflags=flags)
     new_fds = {int(module[name].map_fd): fd for name, fd in given.items()}
+    if any(not _is_alike(bpf.map_shape(new), bpf.map_shape(fd)) for new, fd in new_fds.items()):
+        return {"other_shape": True}, []
     for name in request["programs"] if given else ():
         # bcc keeps the instructions in memory of its own until they are loaded.
         size = lib.bpf_function_size(module.module, name.encode())

@@ -75,6 +75,8 @@ class _LinkAttachment:
     def __init__(self, ifindex: int, name: str, program_fd: int, attach: Callable[[], int], pins: Pins | None) -> None:
         self._place = ifindex, name
         self._pins = pins
+        self.not_pinned: str | None = None
+        """Why it ends with its descriptor, though pins are wanted."""
         # What an agent before this one pinned goes on; a packet between two links would be lost.
         inherited = pins.obtain_link(ifindex, name, program_fd) if pins else None
         if inherited is not None:
@@ -86,9 +88,8 @@ class _LinkAttachment:
         if pins:
             try:
                 pins.pin_link(ifindex, name, self.fd)
-            except OSError:
-                os.close(self.fd)
-                raise
+            except OSError as error:
+                self.not_pinned = str(error)
 
     def _take(self, fd: int) -> None:
         self.fd = fd
@@ -106,12 +107,12 @@ class _LinkAttachment:
 
     def detach(self) -> None:
         """Take the program off at once: older kernels free late what was pinned, and refuse it again till then."""
-        if self._pins:
-            self._pins.unpin_link(*self._place)
         try:
             bpf.detach_link(self.fd)
         finally:
             self.let_be()
+            if self._pins:
+                self._pins.unpin_link(*self._place)
 
     def let_be(self) -> None:
         """Close the link; what is pinned stays attached."""
@@ -203,7 +204,7 @@ class _Hooked:
             if before is None:
                 return None
             side = found["egress" if each is self.egress else "ingress"]
-            side += [other for other in before if other not in ours and other not in side]
+            side += [other for other in dict.fromkeys(before) if other not in ours and other not in side]
         return {side: others for side, others in found.items() if others}
 
 
@@ -273,6 +274,12 @@ class Hooks:
         return sorted(hooked.link.name for hooked in self._hooked.values())
 
     @property
+    def not_pinned(self) -> str | None:
+        """Why some of what is attached would end with this process, though pins are wanted."""
+        reasons = [each.not_pinned for each in self._links() if each.not_pinned]
+        return f"{len(reasons)} programs on interfaces are not pinned: {reasons[0]}" if reasons else None
+
+    @property
     def ingress(self) -> dict[str, str]:
         """How ingress is watched where XDP is wanted, by name: xdp or xdp-generic, or else what instead, and why."""
         told = {}
@@ -302,11 +309,21 @@ class Hooks:
         for hooked in self._hooked.values():
             if hooked.behind:
                 self.problems.setdefault(hooked.link.name, _others(hooked.behind))
-        if self._pins and not self._settled and not self.waiting:
-            # What an agent before this one watched, and this one does not.
-            attached = [each for hooked in self._hooked.values() for each in hooked.attachments()]
-            self._pins.unpin_links_except(each.pinned_as for each in attached if isinstance(each, _LinkAttachment))
+        if not self._settled and not self.waiting:
+            self._settle(by_index.keys() - self._hooked.keys())
             self._settled = True
+
+    def _settle(self, undecided: Collection[int]) -> None:
+        """Take off what an agent before this one watched, and this one does not."""
+        if self._pins:
+            self._pins.unpin_links_except([each.pinned_as for each in self._links()], undecided)
+        if self._tcx is False:
+            names = [program.name for programs in self._programs.values() for program in programs]
+            remove_filters(names, self._netlink, {*undecided, *self._hooked})
+
+    def _links(self) -> list[_LinkAttachment]:
+        attached = [each for hooked in self._hooked.values() for each in hooked.attachments()]
+        return [each for each in attached if isinstance(each, _LinkAttachment)]
 
     def _hook_all(self, links: Iterable[Link], for_xdp: Collection[int], *, datagrams: bool) -> None:
         """Attach to one of these at least, and to as many as there is time for."""
@@ -436,10 +453,12 @@ def _others(behind: Mapping[str, list[str]]) -> str:
     return f"others run before ours ({told}): what they do not hand on is not seen"
 
 
-def remove_filters(programs: Iterable[str], netlink: Netlink) -> int:
-    """Take the filters of these programs off all interfaces, whoever attached them; answers how many interfaces."""
+def remove_filters(programs: Collection[str], netlink: Netlink, kept: Collection[int] = ()) -> int:
+    """Take the filters of these programs off all interfaces but those kept, whoever attached them; answers how many."""
     cleared = 0
     for link in netlink.links():
+        if link.index in kept:
+            continue
         found = [
             (parent, name)
             for parent in (INGRESS_PARENT, EGRESS_PARENT)

@@ -27,9 +27,8 @@ from otel_lb_hop.errors import KernelError
 from otel_lb_hop.kernel import bpf
 from otel_lb_hop.kernel.bpf import Map
 from otel_lb_hop.kernel.compiler import MAX_FDS, MAX_MESSAGE
-from otel_lb_hop.kernel.pins import NOTES, own_netns
+from otel_lb_hop.kernel.pins import NOTES, NOTES_SHAPE, own_netns
 from otel_lb_hop.kernel.privileges import is_guarded, kernel_version
-from otel_lb_hop.kernel.ring import Ring
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -112,8 +111,8 @@ class Loaded:
     """None if nothing is pinned."""
     inherited: bool
     """Whether the maps are those of an agent before this one."""
-    left_behind: int
-    """Records in a ring that gave way to one of another size."""
+    previous_records_fd: int | None
+    """Of a ring of another size, which the programs before filled: to be read to its end, then `retire_ring`."""
     compile_seconds: float
     """0: nothing was compiled."""
 
@@ -253,6 +252,8 @@ def _ask_child(request: dict[str, Any], given: Mapping[str, int]) -> tuple[dict[
         for fd in fds:
             os.close(fd)
         raise KernelError(_explain(answer["error"], output, guarded=is_guarded()))
+    if "other_shape" in answer:
+        raise _OtherError("the maps that are pinned have other shapes")
     return answer, dict(zip([*answer["programs"], *answer["maps"]], fds, strict=True))
 
 
@@ -272,12 +273,17 @@ def _request(recipe: _Recipe, secrets: tuple[int, int], given: Iterable[str]) ->
 
 
 def _compile(recipe: _Recipe, secrets: tuple[int, int], given: Mapping[str, int]) -> tuple[dict[str, int], float]:
-    """Compile and load for the maps given and new ones; answers the descriptors by name and the seconds it took."""
+    """Compile and load for the maps given and new ones; answers the descriptors by name and the seconds it took.
+
+    Raises _OtherError if a map is not as the source wants it.
+    """
     answer, fds = _ask_child(_request(recipe, secrets, given), given)
     return fds, answer["seconds"]
 
 
-def load(sizes: Sizes | None = None, folder: PinFolder | None = None, *, xdp: bool = False) -> Loaded:
+def load(
+    sizes: Sizes | None = None, folder: PinFolder | None = None, *, xdp: bool = False, node_name: str = ""
+) -> Loaded:
     """Take over what is pinned in the folder, or load anew; raises KernelError with what to do about it.
 
     Without a folder, or where the kernel lets nothing be pinned there, all ends with this process. `xdp`: whether the
@@ -286,7 +292,7 @@ def load(sizes: Sizes | None = None, folder: PinFolder | None = None, *, xdp: bo
     sizes = sizes or Sizes()
     recipe = _recipe(sizes, xdp=xdp)
     if not folder:
-        return _load_anew(sizes, recipe, None)
+        return _load_anew(sizes, recipe, node_name, None)
     if (found := folder.find()) is not None:
         pins, state = found
         if state.netns != own_netns():
@@ -294,23 +300,28 @@ def load(sizes: Sizes | None = None, folder: PinFolder | None = None, *, xdp: bo
                 f"{folder.path} has the counters of another network namespace: give each node a place of its own by "
                 "OTEL_LB_HOP_PIN_PATH, or, if that one is gone, run otel-lb-hop uninstall"
             )
-        if state.layout == _layout(sizes):
-            return _take_over(sizes, recipe, pins, state)
-        log.warning("the layout of the counters has changed: all series begin anew, with a new start time")
+        try:
+            return _take_over(sizes, recipe, node_name, pins, state)
+        except _OtherError as error:
+            log.warning("%s: all series begin anew, with a new start time", error)
     try:
         pins = folder.make()
     except OSError as error:
         log.warning("%s takes no pins: %s", folder.path, error)
-        return _load_anew(sizes, recipe, None)
-    return _load_anew(sizes, recipe, pins)
+        return _load_anew(sizes, recipe, node_name, None)
+    return _load_anew(sizes, recipe, node_name, pins)
 
 
-def _load_anew(sizes: Sizes, recipe: _Recipe, pins: Pins | None) -> Loaded:
+class _OtherError(Exception):
+    """What is pinned is not what this agent could go on with; the message says why."""
+
+
+def _load_anew(sizes: Sizes, recipe: _Recipe, node_name: str, pins: Pins | None) -> Loaded:
     secrets = int.from_bytes(os.urandom(8)), int.from_bytes(os.urandom(8))
     fds, seconds = _compile(recipe, secrets, {})
-    names = bpf.create_map("hash", 4, NAME_BYTES, sizes.vip_ports + sizes.hops, _NAMES)
-    notes = bpf.create_map("array", 4, NOTE_BYTES, 3, NOTES)
-    state = State(_layout(sizes), recipe.build, secrets, time.time_ns(), own_netns(), 0)
+    names = bpf.create_map(bpf.MapShape(bpf.HASH, 4, NAME_BYTES, sizes.vip_ports + sizes.hops), _NAMES)
+    notes = bpf.create_map(NOTES_SHAPE, NOTES)
+    state = State(_layout(sizes), recipe.build, secrets, time.time_ns(), own_netns(), node_name, _RING, "", 0)
     notes.put(_index(STATE), pack_state(state))
     if pins:
         for name in _MAPS:
@@ -322,34 +333,56 @@ def _load_anew(sizes: Sizes, recipe: _Recipe, pins: Pins | None) -> Loaded:
     return _loaded(fds | {_NAMES: names.fd, NOTES: notes.fd}, sizes, state, pins, compile_seconds=seconds)
 
 
-def _take_over(sizes: Sizes, recipe: _Recipe, pins: Pins, state: State) -> Loaded:
-    fds = {name: pins.open_map(name) for name in (*_MAPS, _NAMES, NOTES)}
-    left_behind, seconds = 0, 0.0
-    if state.build == recipe.build:
-        fds |= {name: pins.open_program(name) for name in recipe.programs}
-    else:
-        log.info("the programs have changed: new ones go on with the same counters")
-        given = {name: fds[name] for name in _MAPS}
-        if bpf.map_entries(fds[_RING]) != sizes.ring_pages * mmap.PAGESIZE:
-            del given[_RING]
-        made, seconds = _compile(recipe, state.hash_secrets, given)
-        notes = Map(fds[NOTES], 4, NOTE_BYTES)
-        # Until all are there nobody takes the pinned programs for these.
-        notes.put(_index(STATE), pack_state(state._replace(build="")))
-        for name in recipe.programs:
-            pins.pin_program(name, made[name])
-        if _RING not in given:
-            before = Ring(fds[_RING], state.earlier_records)
-            left_behind = before.pending_records
-            state = state._replace(earlier_records=before.seen)
-            before.close()
-            pins.pin_map(_RING, made[_RING])
-        state = state._replace(build=recipe.build)
-        notes.put(_index(STATE), pack_state(state))
-        for name in made.keys() & fds.keys():
-            os.close(fds[name])  # the child has sent another descriptor of it
-        fds |= made
-    return _loaded(fds, sizes, state, pins, inherited=True, left_behind=left_behind, compile_seconds=seconds)
+def _take_over(sizes: Sizes, recipe: _Recipe, node_name: str, pins: Pins, state: State) -> Loaded:
+    """Go on with what is pinned; raises _OtherError if that cannot be."""
+    if state.layout != _layout(sizes):
+        raise _OtherError("the layout of the counters has changed")
+    if state.node_name != node_name:
+        raise _OtherError(f"the node was called {state.node_name} before, now {node_name}")
+    try:
+        fds = {name: pins.open_map(name) for name in (*_MAPS, _NAMES, NOTES) if name != _RING}
+        fds[_RING] = pins.open_map(state.ring)
+        # An agent may have been killed before it wrote down that it made another.
+        pins.unpin_maps_except(_RING, (state.ring, state.previous_ring))
+        previous = pins.open_map(state.previous_ring) if state.previous_ring else None
+        if state.build == recipe.build:
+            fds |= {name: pins.open_program(name) for name in recipe.programs}
+            return _loaded(fds, sizes, state, pins, inherited=True, previous=previous, compile_seconds=0.0)
+    except FileNotFoundError as error:
+        raise _OtherError(f"what is pinned is not whole, {error.filename or 'a part'} is missing") from error
+    log.info("the programs have changed: new ones go on with the same counters")
+    given = {name: fds[name] for name in _MAPS}
+    # One at a time: a ring that is still to be read keeps its successor.
+    new_ring = previous is None and bpf.map_shape(fds[_RING]).entries != sizes.ring_pages * mmap.PAGESIZE
+    if new_ring:
+        del given[_RING]
+    made, seconds = _compile(recipe, state.hash_secrets, given)
+    notes = Map(fds[NOTES], 4, NOTE_BYTES)
+    # Until all are there nobody takes the pinned programs for these.
+    notes.put(_index(STATE), pack_state(state._replace(build="")))
+    for name in recipe.programs:
+        pins.pin_program(name, made[name])
+    pins.unpin_programs_except(recipe.programs)
+    if new_ring:
+        previous = fds.pop(_RING)
+        name = f"{_RING}_{os.urandom(4).hex()}"
+        pins.pin_map(name, made[_RING])
+        state = state._replace(ring=name, previous_ring=state.ring)
+    state = state._replace(build=recipe.build)
+    notes.put(_index(STATE), pack_state(state))
+    for name in made.keys() & fds.keys():
+        os.close(fds[name])  # the child has sent another descriptor of it
+    return _loaded(fds | made, sizes, state, pins, inherited=True, previous=previous, compile_seconds=seconds)
+
+
+def retire_ring(loaded: Loaded, records: int) -> None:
+    """Let the previous ring go, which was read to its end; `records` went through it and those before it."""
+    if loaded.pins:
+        state = loaded.state._replace(previous_ring="", earlier_records=records)
+        loaded.notes.put(_index(STATE), pack_state(state))
+        loaded.pins.unpin_map(loaded.state.previous_ring)
+    if loaded.previous_records_fd is not None:
+        os.close(loaded.previous_records_fd)
 
 
 def _index(number: int) -> bytes:
@@ -363,7 +396,7 @@ def _loaded(
     pins: Pins | None,
     *,
     inherited: bool = False,
-    left_behind: int = 0,
+    previous: int | None = None,
     compile_seconds: float,
 ) -> Loaded:
     return Loaded(
@@ -384,7 +417,7 @@ def _loaded(
         state=state,
         pins=pins,
         inherited=inherited,
-        left_behind=left_behind,
+        previous_records_fd=previous,
         compile_seconds=compile_seconds,
     )
 
@@ -396,13 +429,13 @@ class Loading(NamedTuple):
     loaded: Future[Loaded]
 
 
-def begin_loading(sizes: Sizes, pinning: Pinning, *, xdp: bool) -> Loading:
+def begin_loading(sizes: Sizes, pinning: Pinning, node_name: str, *, xdp: bool) -> Loading:
     """Load in the background; that ends with the process."""
     future: Future[Loaded] = Future()
 
     def work() -> None:
         try:
-            future.set_result(load(sizes, pinning.folder, xdp=xdp))
+            future.set_result(load(sizes, pinning.folder, xdp=xdp, node_name=node_name))
         except BaseException as error:  # noqa: BLE001 - whatever it is, whoever waits has to hear of it
             future.set_exception(error)
 

@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import secrets
+import stat
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -27,11 +28,12 @@ from otel_lb_hop.errors import KernelError, WireError
 from otel_lb_hop.kernel import bpf
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
 log = logging.getLogger(__name__)
 
 NOTES = "notes"
+NOTES_SHAPE = bpf.MapShape(bpf.ARRAY, 4, NOTE_BYTES, 3)
 _PROGRAM, _LINK = "program_", "link_"
 _BESIDE = "_new"
 _GENERATION = re.compile(r"v[0-9]+_[0-9a-f]{8}")
@@ -55,6 +57,24 @@ class Pins:
     def pin_program(self, name: str, fd: int) -> None:
         """Keep a program, in place of another of that name."""
         self._pin(_PROGRAM + name, fd)
+
+    def unpin_map(self, name: str) -> None:
+        """Let a map go; one that is not there is no error."""
+        (self._folder / name).unlink(missing_ok=True)
+
+    def unpin_maps_except(self, prefix: str, kept: Iterable[str]) -> None:
+        """Let all maps of names that begin so go but these."""
+        names = set(kept)
+        for path in self._folder.iterdir():
+            if path.name.startswith(prefix) and path.name not in names:
+                path.unlink()
+
+    def unpin_programs_except(self, kept: Iterable[str]) -> None:
+        """Let all programs go but these."""
+        names = {_PROGRAM + name for name in kept}
+        for path in self._folder.iterdir():
+            if path.name.startswith(_PROGRAM) and path.name not in names:
+                path.unlink()
 
     def open_program(self, name: str) -> int:
         """Open a program."""
@@ -81,18 +101,19 @@ class Pins:
         return None
 
     def pin_link(self, ifindex: int, program: str, fd: int) -> None:
-        """Keep a link."""
-        self._pin(_LINK + f"{ifindex}_{program}", fd)
+        """Keep a link, of which none is pinned; whoever is killed before it is leaves none attached."""
+        bpf.pin(fd, self._link(ifindex, program))
 
     def unpin_link(self, ifindex: int, program: str) -> None:
         """Let a link go; one that is not there is no error."""
         self._link(ifindex, program).unlink(missing_ok=True)
 
-    def unpin_links_except(self, kept: Iterable[tuple[int, str]]) -> None:
-        """Let all links go but these, each an interface and a program."""
-        names = {f"{_LINK}{ifindex}_{program}" for ifindex, program in kept}
+    def unpin_links_except(self, kept: Iterable[tuple[int, str]], undecided: Collection[int]) -> None:
+        """Let all links go but these, each an interface and a program, and all those of the interfaces undecided."""
+        names = {self._link(ifindex, program).name for ifindex, program in kept}
+        prefixes = tuple(f"{_LINK}{ifindex}_" for ifindex in undecided)
         for path in self._folder.iterdir():
-            if path.name.startswith(_LINK) and path.name not in names:
+            if path.name.startswith(_LINK) and path.name not in names and not path.name.startswith(prefixes or "\0"):
                 path.unlink()
 
     def _link(self, ifindex: int, program: str) -> Path:
@@ -124,12 +145,12 @@ class PinFolder:
             except OSError as error:
                 log.warning("%s cannot be opened: %s", folder, error)
                 continue
-            raw = bpf.Map(fd, 4, NOTE_BYTES).get(STATE.to_bytes(4, sys.byteorder))
-            os.close(fd)
             try:
-                found.append((unpack_state(raw or b""), folder))
+                found.append((_read_state(fd), folder))
             except WireError as error:
                 log.warning("%s: %s", folder, error)
+            finally:
+                os.close(fd)
         if not found:
             return None
         state, folder = max(found, key=lambda each: each[0].created_ns)
@@ -145,8 +166,10 @@ class PinFolder:
         """Take off all generations but this one; answers how many there were."""
         gone = [folder for folder in self._generations() if not kept or folder != kept._folder]  # noqa: SLF001 - of this module
         for folder in gone:
-            # Links first: what counts on must not find its maps half gone.
-            for path in sorted(folder.iterdir(), key=lambda path: not path.name.startswith(_LINK)):
+            # Links first, that nothing counts any more; then the notes, without which nobody takes the rest for whole.
+            for path in sorted(
+                folder.iterdir(), key=lambda path: (not path.name.startswith(_LINK), path.name != NOTES)
+            ):
                 path.unlink()
             folder.rmdir()
         return len(gone)
@@ -163,6 +186,13 @@ class PinFolder:
 
     def _generations(self) -> list[Path]:
         return [path for path in self.path.iterdir() if _GENERATION.fullmatch(path.name) and path.is_dir()]
+
+
+def _read_state(fd: int) -> State:
+    """Read the state from notes; raises WireError if they are another version's."""
+    if bpf.map_shape(fd) != NOTES_SHAPE:
+        raise WireError("the notes there are of another version")
+    return unpack_state(bpf.Map(fd, 4, NOTE_BYTES).get(STATE.to_bytes(4, sys.byteorder)) or b"")
 
 
 class Pinning(NamedTuple):
@@ -185,11 +215,39 @@ def claim(path: Path | None) -> Pinning:
         )
     try:
         path.mkdir(mode=0o700, exist_ok=True)
+        problem = _problem_of(path)
     except OSError as error:
-        return Pinning(None, f"{path} cannot be made: {error.strerror}")
+        problem = f"{path} cannot be made: {error.strerror}"
+    return Pinning(None, problem) if problem else Pinning(_lock(path), None)
+
+
+def leave(path: Path) -> str | None:
+    """Take off what agents on this node pinned: it would count beside one that pins nothing. Answers what to say of it.
+
+    Pins of another network namespace are another node's.
+    """
+    try:
+        folder = reclaim(path)
+        found = folder.find() if folder else None
+        if not folder or not found or found[1].netns != own_netns():
+            return None
+        folder.remove()
+    except (KernelError, OSError) as error:
+        return f"{path} has programs that count beside this agent, which pins nothing: {error}"
+    return f"{path}: what was pinned there is taken off, it would count on beside this agent"
+
+
+def _problem_of(path: Path) -> str | None:
+    """Say why nothing may be pinned in a folder that is there: only its owner may do anything with it."""
+    if path.is_mount():
+        return f"{path} is where a bpffs is mounted, name a folder in it"
+    status = path.stat(follow_symlinks=False)
+    if status.st_uid != os.geteuid() or not stat.S_ISDIR(status.st_mode):
+        return f"{path} belongs to user {status.st_uid}, who could take it away"
     if not os.access(path, os.W_OK | os.X_OK):
-        return Pinning(None, f"{path} is not writable")
-    return Pinning(_lock(path), None)
+        return f"{path} is not writable"
+    path.chmod(0o700)
+    return None
 
 
 def reclaim(path: Path) -> PinFolder | None:
@@ -199,7 +257,7 @@ def reclaim(path: Path) -> PinFolder | None:
 
 def _lock(path: Path) -> PinFolder:
     """Lock a folder of pins that is there; raises KernelError if an agent has it."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -219,10 +277,11 @@ def _filesystem_of(path: Path) -> str:
     """Name the type of the filesystem that a path, there or not, is on (proc_pid_mountinfo(5))."""
     path = Path(os.path.realpath(path))
     depth, kind = -1, "no filesystem"
-    for line in _MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
-        mount, _, source = line.partition(" - ")
+    for line in _MOUNTS.read_bytes().splitlines():
+        mount, _, source = line.partition(b" - ")
         # Space, tab and newline in a path are written in octal.
-        point = Path(mount.split()[4].encode("latin-1", "surrogateescape").decode("unicode_escape"))
+        name = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), mount.split()[4])
+        point = Path(os.fsdecode(name))
         if path.is_relative_to(point) and len(point.parts) >= depth:
-            depth, kind = len(point.parts), source.split()[0]
+            depth, kind = len(point.parts), source.split()[0].decode()
     return kind

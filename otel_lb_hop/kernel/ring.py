@@ -23,9 +23,9 @@ class Ring:
     """
 
     def __init__(self, fd: int, earlier: int = 0) -> None:
-        """`earlier`: how many records went through rings that this one replaced."""
+        """`earlier`: how many records went through rings before this one."""
         page = mmap.PAGESIZE
-        self.capacity = bpf.map_entries(fd)
+        self.capacity = bpf.map_shape(fd).entries
         self._consumer = mmap.mmap(fd, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         self._producer = mmap.mmap(fd, page + 2 * self.capacity, mmap.MAP_SHARED, mmap.PROT_READ, offset=page)
         self._data = memoryview(self._producer)[page:]
@@ -36,6 +36,10 @@ class Ring:
         self.taken = 0
         """Records that were given out."""
         self.wrong_size = 0
+
+    def follow(self, previous: Ring) -> None:
+        """Go on where another ring ended that was read to its end."""
+        self.taken_before, self.taken, self.wrong_size = previous.taken_before, previous.taken, previous.wrong_size
 
     @property
     def seen(self) -> int:

@@ -302,10 +302,9 @@ def test_upgrade(agents: Agents, pins: Path, change: str) -> None:
         else:
             assert "the programs have changed: new ones go on with the same counters" in second.stderr
             assert len(starts(agents.wait_for_all())) == 1
-        records = {"build": 3, "ring": 2, "layout": 2}[change] * SENT
+        records = {"build": 3, "ring": 3, "layout": 2}[change] * SENT
         wait_for("log records", lambda: len(agents.collector.logs()) == records)
-    lost = {"ring_replaced": SENT} if change == "ring" else {}
-    assert second.accounts()["ring"].dropped == lost
+    assert second.accounts()["ring"].dropped == {}
     assert len(list(pins.iterdir())) == 1
 
 
@@ -353,3 +352,21 @@ def test_interfaces_that_are_no_longer_watched(lab: Lab, agents: Agents) -> None
         assert third.part("interfaces")["detail"]["hooked"] == hooked
         agents.send()
         agents.wait_for_all()
+
+
+def test_another_node_name(agents: Agents) -> None:
+    """What was counted for a node of another name is not told again under the new one."""
+    with agents.one():
+        agents.send()
+        agents.wait_for_all()
+    with agents.one(OTEL_LB_HOP_NODE_NAME="renamed") as second:
+        assert "the node was called node1 before, now renamed: all series begin anew" in second.stderr
+        agents.send()
+        wait_for("the renamed node's", lambda: sum_of(agents.collector, "renamed") == SENT)
+    assert sum_of(agents.collector, "node1") == SENT
+
+
+def sum_of(collector: Collector, node: str) -> float:
+    """Return how many connections were told of a node."""
+    found = collector.series("lb_hop.connections")
+    return sum(series.value for series in found if series.attributes["k8s.node.name"] == node)

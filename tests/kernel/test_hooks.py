@@ -204,7 +204,9 @@ def test_clsact_behind_another_kind(rig: Rig, netlink: Netlink) -> None:
         (marked,) = rig.serve(vip_port(VIP4))
         for _ in range(2):
             hooks.reconcile(links_named(netlink, "uplink"))
-            assert (hooks.interfaces, hooks.problems) == (["uplink"], {})
+            assert hooks.interfaces == ["uplink"]
+            assert list(hooks.problems) == ["uplink"]
+            assert "others run before ours (u32 on ingress; u32 on egress)" in hooks.problems["uplink"]
         send_syns()
         assert wait_for_connections(rig, marked.vip_id, SENT) == SENT
         hooks.close()
@@ -379,6 +381,7 @@ def pins(tmp_path: Path) -> Iterator[Pins]:
             path.unlink()
 
 
+@pytest.mark.tcx
 def test_pinned_links_go_on_and_are_taken_over(rig: Rig, netlink: Netlink, pins: Pins) -> None:
     """Closed hooks count on; the next agent's have the same links, and let go of what it does not watch."""
     (marked,) = rig.serve(vip_port(VIP4))
@@ -403,7 +406,7 @@ def test_pinned_links_go_on_and_are_taken_over(rig: Rig, netlink: Netlink, pins:
     wait_for("the end of a link", lambda: attached(rig.uplink, bpf.BPF_TCX_INGRESS) == [])
     hooks.close()
     assert len(attached(rig.pod, bpf.BPF_TCX_EGRESS)) == 1
-    pins.unpin_links_except([])
+    pins.unpin_links_except([], ())
     wait_for("the end of a link", lambda: attached(rig.pod, bpf.BPF_TCX_EGRESS) == [])
 
 

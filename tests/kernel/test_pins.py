@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from otel_lb_hop.core.pinned import NOTE_BYTES, STATE, State, pack_state
+from otel_lb_hop.core.pinned import STATE, State, pack_state
 from otel_lb_hop.errors import KernelError
 from otel_lb_hop.kernel import bpf
 from otel_lb_hop.kernel.hooks import Hooks
 from otel_lb_hop.kernel.netlink import INGRESS_PARENT, Netlink
-from otel_lb_hop.kernel.pins import PinFolder, Pinning, Pins, claim, own_netns, reclaim
+from otel_lb_hop.kernel.pins import NOTES_SHAPE, PinFolder, Pinning, Pins, claim, leave, own_netns, reclaim
 from otel_lb_hop.ops.uninstall import uninstall
 from tests.bench.measure import empty_program
 from tests.kernel.requirements import needs_kernel
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.root, needs_kernel]
 
-STATE_OF = State("layout", "build", (1, 2), 5, 6, 7)
+STATE_OF = State("layout", "build", (1, 2), 5, 6, "node1", "records", "", 7)
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def names(folder: Path) -> set[str]:
 
 def pin_a_map(path: Path, entries: int = 1) -> None:
     """Pin a new map by hand."""
-    made = bpf.create_map("hash", 4, 4, entries, "foreign")
+    made = bpf.create_map(bpf.MapShape(bpf.HASH, 4, 4, entries), "foreign")
     bpf.pin(made.fd, path)
     os.close(made.fd)
 
@@ -72,7 +72,7 @@ def complete(folder: PinFolder, state: State | bytes) -> Pins:
     """Make a generation that has a map and its notes."""
     generation = folder.make()
     pin_a_map(generation._folder / "vip_ports")
-    notes = bpf.create_map("array", 4, NOTE_BYTES, 3, "notes")
+    notes = bpf.create_map(NOTES_SHAPE, "notes")
     notes.put(STATE.to_bytes(4, "little"), pack_state(state) if isinstance(state, State) else state)
     generation.pin_map("notes", notes.fd)
     os.close(notes.fd)
@@ -192,11 +192,11 @@ def test_a_pin_is_replaced_in_one_step(folder: PinFolder) -> None:
     for entries in (1, 2, 3):
         if entries == 3:
             pin_a_map(generation._folder / "records_new")
-        made = bpf.create_map("hash", 4, 4, entries, "records")
+        made = bpf.create_map(bpf.MapShape(bpf.HASH, 4, 4, entries), "records")
         generation.pin_map("records", made.fd)
         os.close(made.fd)
         fd = generation.open_map("records")
-        assert bpf.map_entries(fd) == entries
+        assert bpf.map_shape(fd).entries == entries
         os.close(fd)
         assert names(generation._folder) == {"records"}
 
@@ -216,9 +216,9 @@ def test_links(rig: Rig, folder: PinFolder) -> None:
         assert attached(rig.uplink, bpf.BPF_TCX_INGRESS) == [bpf.program_id(program)]
         os.close(taken)
     assert generation.obtain_link(rig.pod, "lbh_ingress", programs[0]) is None
-    generation.unpin_links_except([(rig.uplink, "lbh_ingress"), (rig.uplink, "lbh_egress")])
+    generation.unpin_links_except([(rig.uplink, "lbh_ingress"), (rig.uplink, "lbh_egress")], ())
     assert len(attached(rig.uplink, bpf.BPF_TCX_INGRESS)) == 1
-    generation.unpin_links_except([(rig.pod, "lbh_ingress"), (rig.uplink, "lbh_egress")])
+    generation.unpin_links_except([(rig.pod, "lbh_ingress"), (rig.uplink, "lbh_egress")], ())
     # The kernel takes a link off a moment after its name has gone.
     wait_for("the end of a link", lambda: attached(rig.uplink, bpf.BPF_TCX_INGRESS) == [])
     generation.unpin_link(rig.uplink, "lbh_ingress")
@@ -292,3 +292,43 @@ def test_uninstall_deletes_nothing_in_an_ordinary_folder(tmp_path: Path) -> None
     assert uninstall(tmp_path / "nowhere") == []
     assert uninstall(None) == []
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_an_agent_that_pins_nothing(path: Path, own: bool) -> None:  # noqa: FBT001 - a parameter of the test
+    """It takes off what would count beside it on this node, and nothing of another node's."""
+    assert leave(path) is None
+    folder = claim(path).folder
+    assert folder is not None
+    complete(folder, STATE_OF._replace(netns=own_netns() + (not own)))
+    said = leave(path)
+    assert said is not None
+    assert "has programs that count beside this agent, which pins nothing: another agent counts here" in said
+    os.close(folder._lock_fd)
+    said = leave(path)
+    assert said == (f"{path}: what was pinned there is taken off, it would count on beside this agent" if own else None)
+    assert path.exists() is not own
+
+
+def test_a_folder_of_somebody_else(path: Path) -> None:
+    """Whoever owns it could take it away, so nothing is pinned there; of its own, nobody else sees anything."""
+    path.mkdir(mode=0o777)
+    path.chmod(0o777)
+    os.chown(path, 65534, 65534)
+    folder, problem = claim(path)
+    assert (folder, problem) == (None, f"{path} belongs to user 65534, who could take it away")
+    os.chown(path, 0, 0)
+    assert claim(path).folder is not None
+    assert path.stat().st_mode & 0o777 == 0o700
+    assert claim(path.parent).problem == f"{path.parent} is where a bpffs is mounted, name a folder in it"
+
+
+def test_notes_of_another_version(folder: PinFolder, caplog: pytest.LogCaptureFixture) -> None:
+    """Notes of another size are not read at all: they would not fit."""
+    generation = folder.make()
+    for shape in (NOTES_SHAPE._replace(value_size=4_096), NOTES_SHAPE._replace(entries=4)):
+        notes = bpf.create_map(shape, "notes")
+        generation.pin_map("notes", notes.fd)
+        os.close(notes.fd)
+        assert folder.find() is None
+    assert caplog.text.count("the notes there are of another version") == 2

@@ -15,8 +15,8 @@ from otel_lb_hop.core.layout import Verdict
 from otel_lb_hop.core.pinned import STATE, unpack_state
 from otel_lb_hop.errors import KernelError
 from otel_lb_hop.kernel import bpf, loader
-from otel_lb_hop.kernel.loader import Sizes, load
-from otel_lb_hop.kernel.pins import Pins, claim
+from otel_lb_hop.kernel.loader import Sizes, load, retire_ring
+from otel_lb_hop.kernel.pins import PinFolder, Pins, claim
 from otel_lb_hop.kernel.ring import Ring
 from tests.kernel.packets import End, Flow, next_isn
 from tests.kernel.requirements import needs_kernel
@@ -136,7 +136,7 @@ def test_the_same_build(pins: Path, namespace: Namespace) -> None:
     """Programs, maps, counters and open handshakes are the same; no compiler is started; the ring goes on."""
     open_ones = [flow() for _ in range(3)]
     with agent(pins) as first:
-        assert (first.inherited, first.left_behind) == (False, 0)
+        assert (first.inherited, first.previous_records_fd) == (False, None)
         assert first.compile_seconds > 0
         programs, maps, state = ids(first), map_ids(first), first.state
         with counting(first, namespace) as (rig, vip_id, hop_id):
@@ -147,7 +147,7 @@ def test_the_same_build(pins: Path, namespace: Namespace) -> None:
             assert len(rig.records(2)) == 2
     assert len(generations(pins)) == 1
     with agent(pins) as second:
-        assert (second.inherited, second.left_behind, second.compile_seconds) == (True, 0, 0.0)
+        assert (second.inherited, second.previous_records_fd, second.compile_seconds) == (True, None, 0.0)
         assert (ids(second), map_ids(second), second.state) == (programs, maps, state)
         with counting(second, namespace) as (rig, *same):
             assert same == [vip_id, hop_id]
@@ -175,7 +175,7 @@ def test_another_build(pins: Path, namespace: Namespace, change_source: Path) ->
         assert len(rig.records()) == 4
     change(change_source)
     with agent(pins) as second, counting(second, namespace) as (rig, *same):
-        assert (second.inherited, second.left_behind) == (True, 0)
+        assert (second.inherited, second.previous_records_fd) == (True, None)
         assert second.compile_seconds > 0
         assert not set(ids(second).values()) & set(programs.values())
         assert map_ids(second) == maps
@@ -200,23 +200,31 @@ def test_another_build(pins: Path, namespace: Namespace, change_source: Path) ->
 
 
 def test_another_ring(pins: Path, namespace: Namespace) -> None:
-    """All goes on but the ring: what it still held is left behind, and counted on from there."""
+    """All goes on in a larger ring; what the one before still holds, and still gets, is read and counted first."""
     with agent(pins) as first, counting(first, namespace) as (rig, vip_id, _):
         connect(rig, 7)
         assert len(rig.records(4)) == 4
         maps = map_ids(first)
-    larger = SMALL._replace(ring_pages=2)
-    with agent(pins, larger) as second, counting(second, namespace) as (rig, *_):
-        assert (second.inherited, second.left_behind, second.state.earlier_records) == (True, 3, 7)
-        assert (map_ids(second), rig.ring.capacity) == (maps, 8_192)
-        assert (rig.ring.taken_before, rig.ring.seen, rig.records()) == (7, 7, [])
-        connect(rig, 5)
-        assert rig.vip(vip_id).connections == (0, 12)
-        assert len(rig.records(2)) == 2
+        larger = SMALL._replace(ring_pages=2)
+        for _ in range(2):  # the first of these is killed before it has read the old ring
+            folder = PinFolder(pins, -1)
+            second = load(larger, folder)
+            assert (second.inherited, second.state.earlier_records, second.state.previous_ring) == (True, 0, "records")
+        connect(rig, 2)  # by links that do not run the new programs yet
+        assert second.previous_records_fd is not None
+        previous = Ring(second.previous_records_fd, 0)
+        assert (previous.taken_before, previous.pending_records, previous.seen) == (4, 5, 9)
+        assert len(previous.drain(100)) == 5
+        retire_ring(second, previous.seen)
+        previous.close()
     with agent(pins, larger) as third, counting(third, namespace) as (rig, *_):
-        assert (third.left_behind, third.compile_seconds) == (0, 0.0)
-        assert (rig.ring.taken_before, rig.ring.seen) == (9, 12)
-        assert len(rig.records()) == 3
+        assert (third.previous_records_fd, third.compile_seconds) == (None, 0.0)
+        assert (map_ids(third), rig.ring.capacity) == (maps, 8_192)
+        assert (rig.ring.taken_before, rig.ring.seen, rig.records()) == (9, 9, [])
+        connect(rig, 5)
+        assert rig.vip(vip_id).connections == (0, 14)
+        assert len(rig.records()) == 5
+    assert len([path.name for path in pins.glob("*/records*")]) == 1
 
 
 def test_another_layout(pins: Path, namespace: Namespace, caplog: pytest.LogCaptureFixture) -> None:
@@ -281,7 +289,7 @@ def test_killed_while_it_loads(
     pin = Pins._pin
 
     def pin_until(self: Pins, pinned: str, fd: int) -> None:
-        if pinned in {name, f"program_{name}"}:
+        if pinned == f"program_{name}" or pinned.startswith(name):
             raise Killed
         pin(self, pinned, fd)
 

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.kernel.requirements import HAS_TCX
+
 MODULES = [
     # Interfaces, and what hangs on them. Automatic loading does not find them all in a guest.
     *("veth", "bridge", "tun", "dummy", "8021q", "ipip", "wireguard", "sch_ingress", "sch_netem", "cls_bpf", "cls_u32"),
@@ -38,6 +40,7 @@ def pytest_command(results: Path, *tests: str) -> list[str]:
     options = ["-p", "no:cacheprovider", "-p", "no:xdist", "--color=no", "--tb=short", "--durations=15"]
     # Nothing is too slow here; the whole guest has a limit.
     options += ["-o", "timeout=0", f"--junitxml={results / 'junit.xml'}"]
+    options += [] if HAS_TCX else ["-m", "not tcx"]
     return [sys.executable, "-m", "pytest", *options, *tests]
 
 

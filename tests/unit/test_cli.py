@@ -68,7 +68,7 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in [name for name in os.environ if name.startswith("OTEL_")]:
         monkeypatch.delenv(name)
     monkeypatch.setattr(agent, "Agent", FakeAgent)
-    monkeypatch.setattr(cli, "begin_loading", lambda sizes, pinning, *, xdp: begun.append((sizes, pinning, xdp)))
+    monkeypatch.setattr(cli, "begin_loading", lambda sizes, pinning, _, *, xdp: begun.append((sizes, pinning, xdp)))
     monkeypatch.setattr(cli, "least", contextlib.nullcontext)  # the tests after this one keep their rights
     monkeypatch.setenv("OTEL_LB_HOP_PIN_PATH", "off")
     monkeypatch.setattr(FakeAgent, "last", None)

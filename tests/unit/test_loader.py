@@ -182,7 +182,7 @@ def test_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_loading_goes_on_in_the_background(asked: list[Asked]) -> None:
     """What comes of it, here an error, is told to whoever waits; where it pins is known at once."""
     pinning = Pinning(None, "nowhere")
-    loading = loader.begin_loading(loader.Sizes(), pinning, xdp=False)
+    loading = loader.begin_loading(loader.Sizes(), pinning, "node1", xdp=False)
     assert loading.pinning is pinning
     with pytest.raises(KernelError, match="no child here"):
         loading.loaded.result(30)

@@ -49,7 +49,16 @@ VIP_ROWS = st.builds(
 )
 HOP_ROWS = st.builds(HopRow, IDS, st.sampled_from(Hop), st.none() | TEXTS, st.none() | st.booleans())
 STATES = st.builds(
-    State, TEXTS, TEXTS, st.tuples(COUNTS, COUNTS), st.integers(0, LARGEST_TIME), IDS, st.integers(0, LARGEST_TIME)
+    State,
+    TEXTS,
+    TEXTS,
+    st.tuples(COUNTS, COUNTS),
+    st.integers(0, LARGEST_TIME),
+    IDS,
+    TEXTS,
+    TEXTS,
+    TEXTS,
+    st.integers(0, LARGEST_TIME),
 )
 JOURNALS = st.builds(
     Journal,
@@ -160,7 +169,7 @@ def test_states_come_back(state: State) -> None:
 def test_the_longest_state_fits() -> None:
     """Digests of 64 characters and numbers of 64 bits leave room."""
     largest = 2**64 - 1
-    state = State("a" * 64, "b" * 64, (largest, largest), largest, largest, largest)
+    state = State("a" * 64, "b" * 64, (largest, largest), largest, largest, "n" * 253, "r" * 16, "r" * 16, largest)
     assert len(pack_state(state)) <= NOTE_BYTES
 
 
