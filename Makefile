@@ -30,6 +30,10 @@ test: check ## everything this machine can test; skips are listed with their rea
 fuzz: setup ## random packets by the million, kernel against oracle: make fuzz N=10000000 SEED=1
 	$(PYTHON) -m tests.kernel.fuzz $(or $(N),10000000) $(SEED)
 
+.PHONY: soak
+soak: setup ## agents while everything around them comes and goes: make soak MINUTES=10 SEED=1
+	nice $(PYTHON) -m tests.soak $(or $(MINUTES),10) $(SEED)
+
 .PHONY: demo
 demo: setup ## real traffic through two VIPs, an agent on each node, and what it tells
 	$(PYTHON) -m tests.demo
