@@ -26,7 +26,7 @@ from tests.soak.verdict import (
     Quiet,
     progress,
 )
-from tests.soak.watch import Watch, holding
+from tests.soak.watch import Watch, holding, kinds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -164,7 +164,9 @@ class Soak:
         for seat in self._seats:
             assert seat.ready is not None
             pid = seat.ready.process.pid
-            looks[seat.node.name] = Quiet(holding(pid), seat.pinned, rss_mib(pid), usage.get(seat.node.name, {}))
+            looks[seat.node.name] = Quiet(
+                holding(pid), kinds(pid), seat.pinned, rss_mib(pid), usage.get(seat.node.name, {})
+            )
         return looks
 
 

@@ -53,7 +53,7 @@ def sample(seconds: float, rss_mib: float = 50.0, **other: Any) -> Sample:  # no
 
 def node(**other: Any) -> Node:  # noqa: ANN401 - fields of all types
     """Make a node on which nothing is wrong."""
-    quiet = Quiet(HELD, 37, 50.0, TABLES)
+    quiet = Quiet(HELD, {"socket": 9}, 37, 50.0, TABLES)
     samples = [sample(second) for second in range(20)]
     made = Node("node1", True, samples, quiet, quiet, 1, [], "", {"logs": 40, "traces": 40})  # noqa: FBT003 - a field
     return made._replace(**other)
@@ -76,7 +76,7 @@ def test_a_good_run() -> None:
 
 def quiet(**other: Any) -> Quiet:  # noqa: ANN401 - fields of all types
     """Make what is held at the end."""
-    return Quiet(HELD, 37, 50.0, TABLES)._replace(**other)
+    return Quiet(HELD, {"socket": 9}, 37, 50.0, TABLES)._replace(**other)
 
 
 def told(**other: Any) -> Told:  # noqa: ANN401 - fields of all types
@@ -92,7 +92,7 @@ WRONG: list[tuple[Course, str]] = [
     (course(told=told(anew=[("x", 5.0)])), "a series of Service x began anew within the 300 s that it is kept"),
     (
         course(told=told(anew=[("x", -0.5)]), seconds=400),
-        "a series of Service x began anew 0.500 s before its last point",
+        "a series of Service x began anew before its last point",
     ),
     (course(told=told(logs={"node1": 39})), "node1: it says 40 logs were taken, and 39 have come"),
     (course(node(complaints=["ERROR x"])), "node1: ERROR x"),
@@ -101,11 +101,11 @@ WRONG: list[tuple[Course, str]] = [
         course(node(samples=[sample(3, ledger="1 is missing")])),
         "node1: after 3 s the ledger had a defect: 1 is missing",
     ),
-    (course(node(samples=[sample(3, unhealthy=("logs", "sweep"))])), "node1: after 3 s not healthy: sweep"),
+    (course(node(samples=[sample(3, unhealthy=("logs", "sweep"))])), "node1: after 3 s sweep was not healthy"),
     (course(node(samples=[sample(3, status=503)])), "node1: after 3 s /readyz said 503"),
     (
-        course(node(after=quiet(holding=HELD._replace(descriptors=58)))),
-        "node1: 57 descriptors before the churn and 58 after it",
+        course(node(after=quiet(holding=HELD._replace(descriptors=58), kinds={"socket": 8, "/x": 2}))),
+        "node1: 57 descriptors before the churn and 58 after it (+2 /x, -1 socket)",
     ),
     (
         course(node(after=quiet(holding=HELD._replace(threads=15)))),

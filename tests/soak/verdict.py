@@ -62,6 +62,8 @@ class Quiet(NamedTuple):
     """One agent's node when nothing happens: no churn, no traffic, the sink there."""
 
     holding: Holding
+    kinds: Mapping[str, int]
+    """What the descriptors are of: `socket`, `anon_inode:bpf-map`, a path."""
     pinned: int
     rss_mib: float
     usage: Mapping[str, int]
@@ -168,26 +170,23 @@ def _wrong_counts(course: Course) -> Iterator[str]:
 
 def _wrong_series(course: Course) -> Iterator[str]:
     yield from course.told.defects
+    kept = f"within the {KEEP_RETIRED_SECONDS:.0f} s that it is kept"
+    found = set()
     for service, gap_seconds in course.told.anew:
         if service in course.steady_services:
-            yield f"Service {service} was there all the time, and a series of it began anew"
+            found.add(f"Service {service} was there all the time, and a series of it began anew")
         elif course.seconds < KEEP_RETIRED_SECONDS:
-            yield f"a series of Service {service} began anew within the {KEEP_RETIRED_SECONDS:.0f} s that it is kept"
+            found.add(f"a series of Service {service} began anew {kept}")
         elif gap_seconds < 0:
-            yield f"a series of Service {service} began anew {-gap_seconds:.3f} s before its last point"
+            found.add(f"a series of Service {service} began anew before its last point")
+    yield from sorted(found)
 
 
 def _wrong_node(course: Course, node: Node) -> Iterator[str]:
     yield from node.complaints
     if node.ending:
         yield f"its end: {node.ending}"
-    for sample in node.samples:
-        if sample.ledger:
-            yield f"after {sample.seconds:.0f} s the ledger had a defect: {sample.ledger}"
-        elif bad := DEFECTIVE_PARTS.intersection(sample.unhealthy):
-            yield f"after {sample.seconds:.0f} s not healthy: {', '.join(sorted(bad))}"
-        if sample.status != HTTP_OK:
-            yield f"after {sample.seconds:.0f} s /readyz said {sample.status}"
+    yield from _wrong_health(node.samples)
     yield from _left_over(course, node)
     if node.steady:
         yield from _wrong_memory(course, node)
@@ -197,11 +196,26 @@ def _wrong_node(course: Course, node: Node) -> Iterator[str]:
             yield f"it says {items:,} {signal} were taken, and {told[signal].get(node.name, 0):,} have come"
 
 
+def _wrong_health(samples: Sequence[Sample]) -> Iterator[str]:
+    """Tell each thing once, with the first time."""
+    found: dict[str, float] = {}
+    for sample in samples:
+        if sample.ledger:
+            found.setdefault(f"the ledger had a defect: {sample.ledger}", sample.seconds)
+        for part in DEFECTIVE_PARTS.intersection(sample.unhealthy) - ({"ledger"} if sample.ledger else set()):
+            found.setdefault(f"{part} was not healthy", sample.seconds)
+        if sample.status != HTTP_OK:
+            found.setdefault(f"/readyz said {sample.status}", sample.seconds)
+    for what, seconds in found.items():
+        yield f"after {seconds:.0f} s {what}"
+
+
 def _left_over(course: Course, node: Node) -> Iterator[str]:
     before, after = node.before, node.after
     for name, was, now in zip(Holding._fields, before.holding, after.holding, strict=True):
         if was != now:
-            yield f"{was} {name} before the churn and {now} after it"
+            what = f" ({_difference(before.kinds, after.kinds)})" if name == "descriptors" else ""
+            yield f"{was} {name} before the churn and {now} after it{what}"
     if before.pinned != after.pinned:
         yield f"{before.pinned} pins before the churn and {after.pinned} after it"
     for what in ALL_TABLES:
@@ -211,6 +225,11 @@ def _left_over(course: Course, node: Node) -> Iterator[str]:
                 yield f"{was} entries in {what} before the churn and {now} after it"
         elif now > was + ROWS_OF_ONE * course.vip_ports_made:
             yield f"{now} entries in {what}, though only {course.vip_ports_made} VIP ports came after there were {was}"
+
+
+def _difference(before: Mapping[str, int], after: Mapping[str, int]) -> str:
+    changes = {kind: after.get(kind, 0) - before.get(kind, 0) for kind in sorted({*before, *after})}
+    return ", ".join(f"{change:+d} {kind}" for kind, change in changes.items() if change)
 
 
 def _wrong_memory(course: Course, node: Node) -> Iterator[str]:
