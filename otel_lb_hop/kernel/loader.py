@@ -326,6 +326,8 @@ def _take_over(sizes: Sizes, recipe: _Recipe, pins: Pins, state: State) -> Loade
             pins.pin_map(_RING, made[_RING])
         state = state._replace(build=recipe.build)
         notes.put(_index(STATE), pack_state(state))
+        for name in fds.keys() & made.keys():
+            os.close(fds[name])
         fds |= made
     return _loaded(fds, sizes, state, pins, inherited=True, left_behind=left_behind, compile_seconds=seconds)
 

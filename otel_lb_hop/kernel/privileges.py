@@ -32,7 +32,8 @@ from otel_lb_hop.kernel import bpf
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_STATUS = Path("/proc/self/status")
+_STATUS = Path("/proc/thread-self/status")
+"""Capabilities are a thread's own: /proc/self tells those of the main thread, which may have given some up by now."""
 _LAST_CAPABILITY = Path("/proc/sys/kernel/cap_last_cap")
 
 _PR_CAPBSET_READ, _PR_CAPBSET_DROP = 23, 24
