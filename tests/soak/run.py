@@ -12,6 +12,7 @@ from tests.bench.measure import rss_mib
 from tests.lab import Lab
 from tests.lab.bpffs import bpffs
 from tests.lab.generator import Generator, Traffic
+from tests.lab.programs import descriptors
 from tests.lab.waiting import TookTooLongError, wait_for
 from tests.soak.churn import SERVED, UDP_SERVED, Churn
 from tests.soak.seats import Seat
@@ -26,7 +27,7 @@ from tests.soak.verdict import (
     Quiet,
     progress,
 )
-from tests.soak.watch import Watch, holding, kinds
+from tests.soak.watch import Watch, holding
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -165,7 +166,7 @@ class Soak:
             assert seat.ready is not None
             pid = seat.ready.process.pid
             looks[seat.node.name] = Quiet(
-                holding(pid), kinds(pid), seat.pinned, rss_mib(pid), usage.get(seat.node.name, {})
+                holding(pid), descriptors(pid), seat.pinned, rss_mib(pid), usage.get(seat.node.name, {})
             )
         return looks
 

@@ -44,9 +44,10 @@ class Seat:
         return self.ready
 
     def kill(self) -> None:
-        """SIGKILL to the one that sits there."""
+        """SIGKILL to the one that sits there, if there is one."""
         self.ready = None
-        self._agents[-1].kill()
+        for agent in self._agents[-1:]:
+            agent.kill()
 
     def stop(self) -> str:
         """End it by SIGTERM; answers what is wrong with its end, the ledger included."""

@@ -180,10 +180,11 @@ def test_line() -> None:
 
 def test_cpu_and_halves() -> None:
     """CPU is that of each process between its own samples; the second half is one of time."""
-    first, second = [sample(0, cpu_seconds=5), sample(1, cpu_seconds=5.5)], [sample(9, cpu_seconds=0.25)]
-    last = sample(10, cpu_seconds=0.5)
-    assert cpu_share([*first, *second, last]) == 0.375
-    assert second_half([*first, *second, last]) == [*second, last]
+    first = [sample(0, cpu_seconds=5), sample(1, cpu_seconds=5.5)]
+    second = [sample(999, cpu_seconds=0.25), sample(1000, cpu_seconds=0.5)]
+    assert cpu_share([*first, *second]) == 0.375
+    assert second_half([*first, *second]) == second
+    assert [each.seconds for each in second_half([sample(200), sample(350), sample(400)])] == []
 
 
 def message(points: Iterable[tuple[int, int, int]], metric: str = "lb_hop.connections") -> MetricsData:

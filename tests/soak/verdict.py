@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from tests.soak.sink import Told
 
 SLOPE_FROM_SECONDS = 600.0
-"""A shorter run tells nothing about a slope: rows of gone Services are kept for 300 s, so memory grows that long."""
+"""A shorter run tells nothing about a slope."""
+FILLED_SECONDS = 360.0
+"""Rows of gone Services are kept for 300 s, after their endpoints have lingered: so long memory grows as it should."""
 SLOPE_MIB_PER_HOUR = 2.0
 BLOCK_SECONDS = 15.0
 """Samples are averaged over so long before a line is laid through them: those of one second follow one another."""
@@ -145,11 +147,11 @@ def _student(freedom: float) -> float:
 
 
 def second_half(samples: Sequence[Sample]) -> list[Sample]:
-    """Leave the samples of the second half of their time."""
+    """Leave the samples of the second half of their time, once as much is remembered as ever will be."""
     if not samples:
         return []
-    middle = (samples[0].seconds + samples[-1].seconds) / 2
-    return [sample for sample in samples if sample.seconds >= middle]
+    begin = max((samples[0].seconds + samples[-1].seconds) / 2, samples[0].seconds + FILLED_SECONDS)
+    return [sample for sample in samples if sample.seconds >= begin]
 
 
 def problems(course: Course) -> list[str]:

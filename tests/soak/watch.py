@@ -7,7 +7,6 @@ import os
 import re
 import threading
 import time
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self
 
@@ -38,15 +37,6 @@ def holding(pid: int) -> Holding:
             descriptors += 1
     counts = [sum(kind == wanted for kind, _ in ids) for wanted in ("map", "prog", "link")]
     return Holding(descriptors, _process(pid).threads, *counts)
-
-
-def kinds(pid: int) -> Counter[str]:
-    """Count what the descriptors of a process are of."""
-    found: Counter[str] = Counter()
-    for path in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            found[str(path.readlink()).partition(":[")[0]] += 1
-    return found
 
 
 def look(agent: Agent, since: float) -> Sample:
