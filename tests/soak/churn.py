@@ -90,7 +90,8 @@ class Churn:
     def services(self) -> None:
         """Let some Services go, some change, some come, all at once; then call the new ones."""
         names = list(self._services)
-        for name in self._some(names, 3 if len(names) > MOST_SERVICES // 2 else 1):
+        too_many = max(0, len(names) - MOST_SERVICES)
+        for name in self._chance.sample(names, too_many) or self._some(names, 2):
             del self._services[name]
             self.events["Services gone"] += 1
         for name in self._some(list(self._services), 2):
