@@ -41,6 +41,7 @@ SIGNALS = ("logs", "traces")
 SETTLE_SECONDS = 60.0
 ROWS_SECONDS = KEEP_RETIRED_SECONDS + 120
 """Until the rows of what went last are forgotten: endpoints linger, then their rows are kept."""
+QUIET_SECONDS = 2.0
 REPORT_SECONDS = 60.0
 
 
@@ -145,7 +146,7 @@ class Soak:
         are told.
         """
         same_since, last = time.monotonic(), self._look()
-        while time.monotonic() < same_since + 3:
+        while time.monotonic() < same_since + QUIET_SECONDS:
             time.sleep(0.5)
             now = self._look()
             if _shape(now) != _shape(last):
