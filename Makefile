@@ -36,6 +36,10 @@ test-kernels: ## chosen tests under Debian's kernels 6.1 and 6.12 in virtual mac
 	@$(PYTHON) -m tests.peers.build otelcol kubernetes
 	$(PYTHON) -m tests.kernels $(KERNELS)
 
+.PHONY: soak
+soak: setup ## agents while everything around them comes and goes: make soak MINUTES=10 SEED=1
+	nice $(PYTHON) -m tests.soak $(or $(MINUTES),10) $(SEED)
+
 .PHONY: demo
 demo: setup ## real traffic through two VIPs, an agent on each node, and what it tells
 	$(PYTHON) -m tests.demo

@@ -45,8 +45,8 @@ SPAN_KIND_SERVER = 2
 STATUS_ERROR = 2
 
 _DOUBLE = struct.Struct("<d")
-_THREE_BYTES = 1 << 14
-"""From here on the varint of a 16-bit number has three bytes."""
+_TWO_BYTES, _THREE_BYTES = 1 << 7, 1 << 14
+"""From here on the varint of a 16-bit number has so many bytes."""
 
 
 def _head(size: int) -> bytes:
@@ -74,19 +74,18 @@ class _Texts:
 
 
 class _Numbers:
-    """A 16-bit number as an attribute."""
+    """A 16-bit number as an attribute. Nothing is remembered of ports: there are as many as connections."""
 
     def __init__(self, field: int, name: str) -> None:
-        self._field = field
-        self._name = name
-        self._small: dict[int, bytes] = {}
-        self._head = wire.attribute(field, name, _THREE_BYTES)[:-3]
+        self._small = [wire.attribute(field, name, number) for number in range(_TWO_BYTES)]
+        self._head_of_two = wire.attribute(field, name, _TWO_BYTES)[:-2]
+        self._head_of_three = wire.attribute(field, name, _THREE_BYTES)[:-3]
 
     def encode(self, number: int) -> bytes:
         if number >= _THREE_BYTES:
-            return self._head + bytes((number & 127 | 128, number >> 7 & 127 | 128, number >> 14))
-        if number not in self._small:
-            self._small[number] = wire.attribute(self._field, self._name, number)
+            return self._head_of_three + bytes((number & 127 | 128, number >> 7 & 127 | 128, number >> 14))
+        if number >= _TWO_BYTES:
+            return self._head_of_two + bytes((number & 127 | 128, number >> 7))
         return self._small[number]
 
 

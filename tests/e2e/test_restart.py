@@ -286,6 +286,7 @@ def test_upgrade(agents: Agents, pins: Path, change: str) -> None:
     with agents.one() as first:
         agents.send()
         agents.wait_for_all()
+        maps = programs.descriptors(first.process.pid)["anon_inode:bpf-map"]
     settings = {"OTEL_LB_HOP_RECORD_RATE": "10000"} if change == "ring" else {}
     if change != "ring":
         rewrite_state(pins, change)
@@ -302,6 +303,7 @@ def test_upgrade(agents: Agents, pins: Path, change: str) -> None:
         else:
             assert "the programs have changed: new ones go on with the same counters" in second.stderr
             assert len(starts(agents.wait_for_all())) == 1
+        assert programs.descriptors(second.process.pid)["anon_inode:bpf-map"] == maps
         records = {"build": 3, "ring": 3, "layout": 2}[change] * SENT
         wait_for("log records", lambda: len(agents.collector.logs()) == records)
     assert second.accounts()["ring"].dropped == {}

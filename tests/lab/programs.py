@@ -1,4 +1,4 @@
-"""Which BPF programs a process holds, and whether the kernel still has them."""
+"""Which BPF programs and descriptors a process holds, and whether the kernel still has them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import errno
 import os
 import re
 import struct
+from collections import Counter
 from pathlib import Path
 
 from otel_lb_hop.kernel import bpf
@@ -24,6 +25,15 @@ def held_by(pid: int) -> set[int]:
     for path in Path(f"/proc/{pid}/fdinfo").iterdir():
         with contextlib.suppress(FileNotFoundError):  # closed since it was listed
             found |= {int(number) for number in re.findall(r"^prog_id:\t(\d+)$", path.read_text(), re.MULTILINE)}
+    return found
+
+
+def descriptors(pid: int) -> Counter[str]:
+    """Count what the descriptors of a process are of: `socket`, `anon_inode:bpf-map`, a path."""
+    found: Counter[str] = Counter()
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found[str(path.readlink()).partition(":[")[0]] += 1
     return found
 
 

@@ -152,6 +152,8 @@ class _Server:
     """What both servers share."""
 
     scheme = "http"
+    address = "127.0.0.1"
+    """IPv4, where it listens."""
 
     def __init__(self) -> None:
         self.received: list[Received] = []
@@ -214,7 +216,7 @@ class HttpServer(_Server):
 
     def start(self) -> None:  # noqa: D102 - as in _Server
         self._ended.clear()
-        self._server = _Listener(self.port, self._tls, self._take)
+        self._server = _Listener((self.address, self.port), self._tls, self._take)
         self.port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -231,8 +233,10 @@ class _Listener(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, port: int, tls: ssl.SSLContext | None, take: Callable[[Received], Answer]) -> None:
-        super().__init__(("127.0.0.1", port), _Handler)
+    def __init__(
+        self, address: tuple[str, int], tls: ssl.SSLContext | None, take: Callable[[Received], Answer]
+    ) -> None:
+        super().__init__(address, _Handler)
         self.take = take
         self._tls = tls
         self._open: set[Any] = set()
@@ -328,9 +332,9 @@ class GrpcServer(_Server):
         if self._unix:
             self._server.add_insecure_port(f"unix:{self._unix}")
         elif self._credentials:
-            self.port = self._server.add_secure_port(f"127.0.0.1:{self.port}", self._credentials)
+            self.port = self._server.add_secure_port(f"{self.address}:{self.port}", self._credentials)
         else:
-            self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
+            self.port = self._server.add_insecure_port(f"{self.address}:{self.port}")
         self._server.start()
 
     def stop(self) -> None:  # noqa: D102 - as in _Server

@@ -530,6 +530,14 @@ def records_of(draw: st.DrawFn, kind: Kind) -> Record:
     )
 
 
+@pytest.mark.parametrize("port", [0, 1, 127, 128, 255, 256, 16_383, 16_384, 65_535])
+def test_ports_of_every_length(port: int) -> None:
+    """A port is written as the SDK writes it, however many bytes it takes."""
+    records = [case.record for case in CASES.values()]
+    changed = [each._replace(client_port=port, snat_port=port) for each in records]
+    assert_same(changed, known(), Sampling.make(1.0))
+
+
 @given(worlds(), st.floats(0, 1))
 def test_any_record_is_what_the_sdk_says(world: tuple[Topology, list[Record]], ratio: float) -> None:
     """Whatever the kernel tells and however things are called: both signals are what the SDK's way makes of it."""
