@@ -27,6 +27,7 @@ from tests.bench.bulk import bulk_throughput
 from tests.bench.cluster import cluster_costs
 from tests.bench.datagrams import datagram_costs
 from tests.bench.hostile import hostile_costs
+from tests.bench.interfaces import interface_costs
 from tests.bench.measure import (
     QUIET,
     SENDING,
@@ -197,6 +198,7 @@ def main() -> None:
     rows += list(_told(console, hostile_costs()))
     rows += list(_told(console, metrics_costs()))
     rows += list(_told(console, cluster_costs()))
+    rows += list(_told(console, interface_costs()))
     rows += list(_told(console, datagram_costs()))  # last: it puts this process on one CPU
     if arguments.json:
         print(json.dumps([row._asdict() for row in rows], indent=2))
