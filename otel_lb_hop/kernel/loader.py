@@ -216,7 +216,9 @@ def _recipe(sizes: Sizes, *, xdp: bool) -> _Recipe:
 
 _CHILD = """
 import runpy, sys
-sys.path.append(sys.argv.pop(1))
+ours = sys.argv.pop(1)
+if ours not in sys.path:
+    sys.path.insert(0, ours)
 runpy.run_module("otel_lb_hop.kernel.compiler", run_name="__main__", alter_sys=True)
 """
 """What `python -m` does, but with -P: nothing is imported from the working directory, which may be anybody's."""

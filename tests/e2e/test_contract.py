@@ -269,7 +269,7 @@ def test_metrics_about_the_agent_itself(run: Run) -> None:
             ("lb_hop.part.healthy", part): 1
             for part in (
                 *("vips_file", "topology", "conntrack", "interfaces", "metrics", "logs", "traces", "agent_logs"),
-                "ledger",
+                *("ledger", "pins"),
             )
         }
         assert not any(value for name, value in values.items() if name[0].endswith(".dropped"))

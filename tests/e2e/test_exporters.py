@@ -72,7 +72,8 @@ def test_disabled(lab: Lab) -> None:
             wait_for("the first report", lambda: agent.part("ledger"))
             state = agent.readyz()
             assert (state.status, state.content["degraded"]) == (200, [])
-            assert state.content["parts"].keys() == {"conntrack", "interfaces", "ledger", "topology", "vips_file"}
+            parts = {"conntrack", "interfaces", "ledger", "pins", "topology", "vips_file"}
+            assert state.content["parts"].keys() == parts
             agent.stop()
             assert agent.accounts() == {
                 "kernel": Account(SENT, 0, {"off": SENT}, 0),
