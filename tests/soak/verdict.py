@@ -18,7 +18,7 @@ FILLED_SECONDS = 360.0
 """Rows of gone Services are kept for 300 s, after their endpoints have lingered: so long memory grows as it should."""
 SLOPE_MIB_PER_HOUR = 2.0
 LEAST_GROWTH_MIB = 1.0
-"""In the time that the slope is of: less is what a heap and gRPC take now and then. A longer run sees a smaller leak."""
+"""In the time of the slope: less is what a heap and gRPC take now and then. A longer run sees a smaller leak."""
 BLOCK_SECONDS = 15.0
 """Samples are averaged over so long before a line is laid through them: those of one second follow one another."""
 FEWEST_BLOCKS = 8
