@@ -158,10 +158,11 @@ STEPS = [NOISE.gauss(0, 0.3) for _ in range(1200)]
         Memory(lambda second: 50 + STEPS[second], grows=False),
         Memory(lambda second: min(60.0, 50 + second / 60), grows=False),
         Memory(lambda second: 50 + second / 3600, grows=False),
-        Memory(lambda second: 50 + 6 * second / 3600 + STEPS[second], grows=True),
+        Memory(lambda second: 50 + 5 * second / 3600, grows=False),
+        Memory(lambda second: 50 + 9 * second / 3600 + STEPS[second], grows=True),
         Memory(lambda second: 50.0 + second // 60, grows=True),
     ],
-    ids=["flat", "noise", "grown and flat", "slowly", "a leak in noise", "a leak in steps"],
+    ids=["flat", "noise", "grown and flat", "slowly", "less than 1 MiB", "a leak in noise", "a leak in steps"],
 )
 def test_slope(memory: Memory) -> None:
     """Memory that grows in the second half of a long run is told, and noise is not."""

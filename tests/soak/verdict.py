@@ -17,6 +17,8 @@ SLOPE_FROM_SECONDS = 600.0
 FILLED_SECONDS = 360.0
 """Rows of gone Services are kept for 300 s, after their endpoints have lingered: so long memory grows as it should."""
 SLOPE_MIB_PER_HOUR = 2.0
+LEAST_GROWTH_MIB = 1.0
+"""In the time of the slope: less is what a heap and gRPC take now and then. A longer run sees a smaller leak."""
 BLOCK_SECONDS = 15.0
 """Samples are averaged over so long before a line is laid through them: those of one second follow one another."""
 FEWEST_BLOCKS = 8
@@ -240,10 +242,13 @@ def _wrong_memory(course: Course, node: Node) -> Iterator[str]:
         if grown > GROWTH_MIB:
             yield f"memory has grown by {grown:.1f} MiB, more than {GROWTH_MIB:.0f}"
         return
-    slope = line(second_half(node.samples))
+    samples = second_half(node.samples)
+    slope = line(samples)
     if slope is None:
         yield "too few samples for a slope"
-    elif slope.low > SLOPE_MIB_PER_HOUR:
+        return
+    grown = slope.middle * (samples[-1].seconds - samples[0].seconds) / 3600
+    if slope.low > SLOPE_MIB_PER_HOUR and grown > LEAST_GROWTH_MIB:
         yield (
             f"memory grows by {slope.middle:.1f} MiB an hour ({slope.low:.1f} to {slope.high:.1f}), "
             f"more than {SLOPE_MIB_PER_HOUR:.0f}"
