@@ -482,7 +482,7 @@ def test_close(api: FakeApi, tmp_path: Path, mood: str) -> None:
         began = time.monotonic()
         consumer.source.close()
         assert time.monotonic() - began < 1.0
-        assert threads() <= before
+        consumer.until(lambda: threads() <= before)
     consumer.source.close()
 
 
