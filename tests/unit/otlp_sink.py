@@ -251,7 +251,10 @@ class _Listener(ThreadingHTTPServer):
 
     def shutdown_request(self, request: Any) -> None:  # noqa: ANN401 - as in socketserver
         self._open.discard(request)
-        super().shutdown_request(request)
+        try:
+            super().shutdown_request(request)
+        finally:
+            request.close()  # whatever a handshake that failed has left of it
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 - as in socketserver
         """Say nothing: clients that go away are what this server is for."""
