@@ -11,8 +11,7 @@ What each stage counts:
   no_verdict, off; in flight = handshakes that have no verdict yet.
 - ring: seen = records that were ever put in; exported = those of the right shape that this agent read; earlier = those
   that agents before it read and settled, in whose ledgers they stand; dropped: wrong_size; unsettled (an agent before
-  read them, and was killed before it noted that they were exported); ring_replaced (they lay in a ring of another
-  size).
+  read them, and was killed before it noted that they were exported).
 - decode: seen = records read; exported = connections that the topology could name; dropped: unresolved.
 - encode: seen = connections; exported = records offered to the shipper; dropped: not_sampled, failed; of the agent's
   own log: too_many.

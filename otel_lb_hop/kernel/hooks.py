@@ -462,8 +462,8 @@ def remove_filters(programs: Collection[str], netlink: Netlink, kept: Collection
         found = [
             (parent, name)
             for parent in (INGRESS_PARENT, EGRESS_PARENT)
-            for name in programs
-            if netlink.has_filter(link.index, parent, name)
+            for name in netlink.filters(link.index, parent)
+            if name in programs
         ]
         for parent, name in found:
             netlink.delete_filter(link.index, parent, name)

@@ -64,16 +64,15 @@ class Pins:
 
     def unpin_maps_except(self, prefix: str, kept: Iterable[str]) -> None:
         """Let all maps of names that begin so go but these."""
-        names = set(kept)
-        for path in self._folder.iterdir():
-            if path.name.startswith(prefix) and path.name not in names:
-                path.unlink()
+        self._unpin_except(prefix, set(kept))
 
     def unpin_programs_except(self, kept: Iterable[str]) -> None:
         """Let all programs go but these."""
-        names = {_PROGRAM + name for name in kept}
+        self._unpin_except(_PROGRAM, {_PROGRAM + name for name in kept})
+
+    def _unpin_except(self, prefix: str, names: set[str]) -> None:
         for path in self._folder.iterdir():
-            if path.name.startswith(_PROGRAM) and path.name not in names:
+            if path.name.startswith(prefix) and path.name not in names:
                 path.unlink()
 
     def open_program(self, name: str) -> int:
