@@ -15,7 +15,6 @@ from __future__ import annotations
 import gc
 import logging
 import socket
-import sys
 import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -87,7 +86,6 @@ SETTLED_NS = 10 * 10**9
 """Out of use for so long, a VIP port has no handshake open any more."""
 TOLD_FLOWS_SURE = 0.9
 """A table of flows that is fuller may have dropped some."""
-MARK_KEY = MARK.to_bytes(4, sys.byteorder)
 CLOCK_STEP_NS = 10**9
 """The wall clock was set by more than that: for once it does not tell how long a row has been out of use."""
 VERDICT_AFTER_NS = 5 * 10**9
@@ -194,7 +192,7 @@ class Agent:
         """Go on with the counters of an agent before, and with its VIP ports until all sources have spoken."""
         names, last_id = self._tables.adopt()
         self._topology.adopt(names, last_id, time.time_ns())
-        mark = self._loaded.notes.get(MARK_KEY)
+        mark = self._loaded.notes.get(MARK)
         self._settled_before, self._unlisted = unpack_mark(mark) if mark else (0, False)
         self._settled = self._settled_before
         self._unconfirmed = True
@@ -400,7 +398,7 @@ class Agent:
     def _note(self, settled: int) -> None:
         """Leave to the next agent how far this one has come."""
         self._settled = settled
-        self._loaded.notes.put(MARK_KEY, pack_mark(Mark(settled, self._conntrack is not None)))
+        self._loaded.notes.put(MARK, pack_mark(Mark(settled, self._conntrack is not None)))
 
     def _sweep(self) -> None:
         run_program(self._loaded.programs["lbh_sweep"], repeat=-(-self._loaded.sizes.table_buckets // SWEEP_TICKS))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from otel_lb_hop.core.layout import HOP_STATS_WORDS
@@ -25,8 +26,8 @@ NAME_BYTES = 440
 """With what the kernel adds it makes 512; the longest names that Kubernetes lets take less."""
 NOTE_BYTES = 1_024
 
-STATE, JOURNAL, MARK = range(3)
-"""Indexes of notes."""
+STATE, JOURNAL, MARK = (number.to_bytes(4, sys.byteorder) for number in range(3))
+"""Keys of notes."""
 
 
 class State(NamedTuple):

@@ -324,7 +324,7 @@ def _load_anew(sizes: Sizes, recipe: _Recipe, node_name: str, pins: Pins | None)
     names = bpf.create_map(bpf.MapShape(bpf.HASH, 4, NAME_BYTES, sizes.vip_ports + sizes.hops), _NAMES)
     notes = bpf.create_map(NOTES_SHAPE, NOTES)
     state = State(_layout(sizes), recipe.build, secrets, time.time_ns(), own_netns(), node_name, _RING, "", 0)
-    notes.put(_index(STATE), pack_state(state))
+    notes.put(STATE, pack_state(state))
     if pins:
         for name in _MAPS:
             pins.pin_map(name, fds[name])
@@ -361,7 +361,7 @@ def _take_over(sizes: Sizes, recipe: _Recipe, node_name: str, pins: Pins, state:
     made, seconds = _compile(recipe, state.hash_secrets, given)
     notes = Map(fds[NOTES], 4, NOTE_BYTES)
     # Until all are there nobody takes the pinned programs for these.
-    notes.put(_index(STATE), pack_state(state._replace(build="")))
+    notes.put(STATE, pack_state(state._replace(build="")))
     for name in recipe.programs:
         pins.pin_program(name, made[name])
     pins.unpin_programs_except(recipe.programs)
@@ -371,7 +371,7 @@ def _take_over(sizes: Sizes, recipe: _Recipe, node_name: str, pins: Pins, state:
         pins.pin_map(name, made[_RING])
         state = state._replace(ring=name, previous_ring=state.ring)
     state = state._replace(build=recipe.build)
-    notes.put(_index(STATE), pack_state(state))
+    notes.put(STATE, pack_state(state))
     for name in made.keys() & fds.keys():
         os.close(fds[name])  # the child has sent another descriptor of it
     return _loaded(fds | made, sizes, state, pins, inherited=True, previous=previous, compile_seconds=seconds)
@@ -381,14 +381,10 @@ def retire_ring(loaded: Loaded, records: int) -> None:
     """Let the previous ring go, which was read to its end; `records` went through it and those before it."""
     if loaded.pins:
         state = loaded.state._replace(previous_ring="", earlier_records=records)
-        loaded.notes.put(_index(STATE), pack_state(state))
+        loaded.notes.put(STATE, pack_state(state))
         loaded.pins.unpin_map(loaded.state.previous_ring)
     if loaded.previous_records_fd is not None:
         os.close(loaded.previous_records_fd)
-
-
-def _index(number: int) -> bytes:
-    return number.to_bytes(4, sys.byteorder)
 
 
 def _loaded(

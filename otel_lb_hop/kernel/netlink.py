@@ -148,11 +148,6 @@ class Netlink:
                 )
 
     @_os_errors()
-    def has_filter(self, ifindex: int, parent: str, name: str) -> bool:
-        """Whether our filter is there."""
-        return name in self.filters(ifindex, parent)
-
-    @_os_errors()
     def filters(self, ifindex: int, parent: str) -> list[str]:
         """Name the filters of one side in the order they run: BPF programs by their names, others by their kinds."""
         return [_filter_name(each) or each.get_attr("TCA_KIND") for each in self._filters(ifindex, parent)]

@@ -18,7 +18,6 @@ import os
 import re
 import secrets
 import stat
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -191,7 +190,7 @@ def _read_state(fd: int) -> State:
     """Read the state from notes; raises WireError if they are another version's."""
     if bpf.map_shape(fd) != NOTES_SHAPE:
         raise WireError("the notes there are of another version")
-    return unpack_state(bpf.Map(fd, 4, NOTE_BYTES).get(STATE.to_bytes(4, sys.byteorder)) or b"")
+    return unpack_state(bpf.Map(fd, 4, NOTE_BYTES).get(STATE) or b"")
 
 
 class Pinning(NamedTuple):

@@ -97,7 +97,7 @@ class KernelTables:
         What its tables point to stays so until `drop_unknown`.
         """
         loaded = self._loaded
-        journal = unpack_journal(loaded.notes.get(_id(JOURNAL)) or pack_journal(Journal(0, 0)))
+        journal = unpack_journal(loaded.notes.get(JOURNAL) or pack_journal(Journal(0, 0)))
         self._carry_out(journal)
         names, unread = self._read_names()
         found_vips = set(map(_number, loaded.vip_stats.keys()))
@@ -207,7 +207,7 @@ class KernelTables:
             counted = count_rows([unpack_vip_stats(raw)] if is_vip else [], [] if is_vip else [unpack_hop_stats(raw)])
         last_id = max(self._last_forgotten, number)
         journal = Journal(*self.forgotten.plus(counted), last_id, number, is_vip, into, merged)
-        self._loaded.notes.put(_id(JOURNAL), pack_journal(journal))
+        self._loaded.notes.put(JOURNAL, pack_journal(journal))
         self._carry_out(journal)
         (self._vip_ids if is_vip else self._hop_ids).discard(number)
         if into:

@@ -314,9 +314,9 @@ def rewrite_state(pins: Path, change: str) -> None:
     """Let the pinned state be that of an agent with another build, or another layout."""
     (notes,) = pins.glob("*/notes")
     table = Map(open_pinned(notes), 4, NOTE_BYTES)
-    state = unpack_state(table.get(STATE.to_bytes(4, sys.byteorder)) or b"")
+    state = unpack_state(table.get(STATE) or b"")
     changed = state._replace(build="another") if change == "build" else state._replace(layout="another")
-    table.put(STATE.to_bytes(4, sys.byteorder), pack_state(changed))
+    table.put(STATE, pack_state(changed))
     os.close(table.fd)
 
 

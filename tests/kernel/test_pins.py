@@ -73,7 +73,7 @@ def complete(folder: PinFolder, state: State | bytes) -> Pins:
     generation = folder.make()
     pin_a_map(generation._folder / "vip_ports")
     notes = bpf.create_map(NOTES_SHAPE, "notes")
-    notes.put(STATE.to_bytes(4, "little"), pack_state(state) if isinstance(state, State) else state)
+    notes.put(STATE, pack_state(state) if isinstance(state, State) else state)
     generation.pin_map("notes", notes.fd)
     os.close(notes.fd)
     return generation

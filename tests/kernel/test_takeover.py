@@ -313,7 +313,7 @@ def test_killed_while_it_loads(
         connect(rig, 5)
         assert rig.hop(hop_id)[:2] == ((0, 11), 11)
         assert len(rig.records()) == 5
-        raw = third.notes.get(STATE.to_bytes(4, "little"))
+        raw = third.notes.get(STATE)
         assert raw is not None
         assert unpack_state(raw).build == third.state.build not in {"", old_build}
         build = ids(third)

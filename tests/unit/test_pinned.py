@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 
 import pytest
 from hypothesis import given
@@ -80,7 +81,7 @@ def in_a_map(raw: bytes, size: int) -> bytes:
 
 def test_indexes_of_the_notes() -> None:
     """Another agent looks for them in the same places."""
-    assert (STATE, JOURNAL, MARK) == (0, 1, 2)
+    assert [int.from_bytes(key, sys.byteorder) for key in (STATE, JOURNAL, MARK)] == [0, 1, 2]
 
 
 @given(VIP_ROWS | HOP_ROWS, st.integers(0, LARGEST_TIME))
