@@ -23,7 +23,7 @@ check: setup ## formatting, linting, types, layers: ruff, mypy, import-linter, c
 
 .PHONY: test
 test: check ## everything this machine can test; skips are listed with their reasons (CI=true: a skip fails)
-	@$(PYTHON) -m tests.peers.build otelcol kubernetes || echo "the tests with what was not built will be skipped"
+	@$(PYTHON) -m tests.peers.build otelcol kubernetes prometheus loki tempo || echo "the tests with what was not built will be skipped"
 	$(PYTHON) -m pytest -n 2
 
 .PHONY: fuzz

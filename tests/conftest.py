@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
-PEER_OF = {"collector": "otelcol", "kubernetes": "kubernetes"}
+PEER_OF = {
+    "collector": "otelcol",
+    "kubernetes": "kubernetes",
+    "loki": "loki",
+    "prometheus": "prometheus",
+    "tempo": "tempo",
+}
 """Mark → the peer that tests with it need."""
 _peer_errors = pytest.StashKey[dict[str, str]]()
 
