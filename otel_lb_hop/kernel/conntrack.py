@@ -7,7 +7,6 @@ read from it, and it wakes nobody.
 from __future__ import annotations
 
 import errno
-import os
 import socket
 import struct
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 from otel_lb_hop.core.interfaces import Prefix
 from otel_lb_hop.core.layout import PLACE, PREFIX, VIP_KEY, Place
 from otel_lb_hop.errors import KernelError
+from otel_lb_hop.kernel import dump
 from otel_lb_hop.model import MAPPED_PREFIX
 
 if TYPE_CHECKING:
@@ -37,26 +37,17 @@ _GET_STATS = 1 << 8 | 5
 """NFNL_SUBSYS_CTNETLINK and IPCTNL_MSG_CT_GET_STATS."""
 _GET = 1 << 8 | 1
 """NFNL_SUBSYS_CTNETLINK and IPCTNL_MSG_CT_GET."""
-_NLM_F_REQUEST = 1
-_NLM_F_DUMP = 0x300
 _NEW = 1 << 8
 """NFNL_SUBSYS_CTNETLINK and IPCTNL_MSG_CT_NEW."""
 _AS_NEWS = 0x400 | 0x200 | 2
 """NLM_F_CREATE, NLM_F_EXCL, and NLM_F_MULTI."""
-_ATTRIBUTE = struct.Struct("=HH")
-"""struct nlattr."""
-_HEAD = 20
-"""Bytes of struct nlmsghdr and struct nfgenmsg."""
-_TYPE_MASK = 0x3FFF
+_ANY_FAMILY = struct.pack("=BBH", socket.AF_UNSPEC, 0, 0)
+"""struct nfgenmsg."""
+_HEAD = dump.HEADER.size + len(_ANY_FAMILY)
 _NEWS = (1, 2, 12)
 """CTA_TUPLE_ORIG, CTA_TUPLE_REPLY, CTA_ID: the program wants them in this order and nothing between."""
-_NLMSG_DONE = 3
-_LONGEST_ANSWER_OF_MANY = 1 << 16
 _ETHERNET_HEADER = 14
 """A test run takes it off first (net/bpf/test_run.c)."""
-_NLMSG_ERROR = 2
-_ASK_SECONDS = 5
-_LONGEST_ANSWER = 4_096
 
 
 class ConntrackSocket:
@@ -90,14 +81,8 @@ class ConntrackSocket:
 
 def _require_ctnetlink() -> None:
     """Ask ctnetlink for a number: the kernel lets a socket join its groups whether it is there or not."""
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER) as asking:
-        asking.settimeout(_ASK_SECONDS)
-        asking.sendto(struct.pack("=IHHIIBBH", 20, _GET_STATS, _NLM_F_REQUEST, 1, 0, socket.AF_UNSPEC, 0, 0), (0, 0))
-        answer = asking.recv(_LONGEST_ANSWER)
-    (kind,) = struct.unpack_from("=H", answer, 4)
-    if kind == _NLMSG_ERROR:
-        (code,) = struct.unpack_from("=i", answer, 16)
-        raise OSError(-code, os.strerror(-code))
+    for _ in dump.ask(_NETLINK_NETFILTER, _GET_STATS, _ANY_FAMILY):
+        pass
 
 
 def _explain(error: OSError) -> str:
@@ -129,39 +114,16 @@ def list_entries(vip_ports: AbstractSet[bytes]) -> Iterator[bytes]:
 
     Where an entry is not as expected it is left out. Raises OSError.
     """
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER) as asking:
-        asking.settimeout(_ASK_SECONDS)
-        asking.sendto(
-            struct.pack("=IHHIIBBH", 20, _GET, _NLM_F_REQUEST | _NLM_F_DUMP, 1, 0, socket.AF_UNSPEC, 0, 0), (0, 0)
-        )
-        while True:
-            answer = asking.recv(_LONGEST_ANSWER_OF_MANY)
-            place = 0
-            while place < len(answer):
-                size, kind = struct.unpack_from("=IH", answer, place)
-                if kind == _NLMSG_DONE:
-                    return
-                if kind == _NLMSG_ERROR:
-                    (code,) = struct.unpack_from("=i", answer, place + 16)
-                    raise OSError(-code, os.strerror(-code))
-                message = answer[place : place + size]
-                if _vip_key(message) in vip_ports:
-                    yield bytes(_ETHERNET_HEADER) + _as_news(message)
-                place += size + 3 & ~3
+    for kind, message in dump.ask(_NETLINK_NETFILTER, _GET, _ANY_FAMILY, flags=dump.REQUEST | dump.DUMP):
+        if kind == _NEW and _vip_key(message) in vip_ports:
+            yield bytes(_ETHERNET_HEADER) + _as_news(message)
 
 
 def _as_news(message: bytes) -> bytes:
     """Write what an answer tells of an entry as its news would have told it, marked as one of many."""
-    found = {}
-    place = _HEAD
-    while place + _ATTRIBUTE.size <= len(message):
-        size, kind = _ATTRIBUTE.unpack_from(message, place)
-        if size < _ATTRIBUTE.size:
-            break
-        found[kind & _TYPE_MASK] = message[place : place + size].ljust(size + 3 & ~3, b"\0")
-        place += size + 3 & ~3
-    attributes = b"".join(found.get(kind, b"") for kind in _NEWS)
-    head = struct.pack("=IHHII", _HEAD + len(attributes), _NEW, _AS_NEWS, 0, 0) + message[16:_HEAD]
+    found = dump.attributes(message, _HEAD)
+    attributes = b"".join(dump.padded(found[kind]) for kind in _NEWS if kind in found)
+    head = dump.HEADER.pack(_HEAD + len(attributes), _NEW, _AS_NEWS, 0, 0) + message[dump.HEADER.size : _HEAD]
     return head + attributes
 
 

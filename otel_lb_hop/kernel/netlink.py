@@ -13,7 +13,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from otel_lb_hop.core.interfaces import Link, Prefix, Route, Way
-from otel_lb_hop.kernel import bpf
+from otel_lb_hop.kernel import bpf, dump
 from otel_lb_hop.model import pack_address
 from otel_lb_hop.slim_import import without_package_init
 
@@ -43,22 +43,12 @@ _ALL_PROTOCOLS = socket.htons(3)
 """ETH_P_ALL as a filter's protocol."""
 _CLSACT_HANDLE = 0xFFFF0000
 """Of the qdisc clsact, and of the qdisc ingress as well: an interface has one of them."""
-_GET_LINK = 18
-_DUMP = 0x301
-"""NLM_F_REQUEST and NLM_F_DUMP."""
-_NEW_LINK, _ERROR, _DONE = 16, 2, 3
-_INTERRUPTED = 0x10
-"""NLM_F_DUMP_INTR: what was dumped changed meanwhile."""
+_GET_LINK, _NEW_LINK = 18, 16
 _DUMP_TRIES = 5
-_DUMP_SECONDS = 5
-_LONGEST_MESSAGE = 1 << 16
 _SKIP_STATS = 1 << 3
 """RTEXT_FILTER_SKIP_STATS."""
-_LINK_HEAD = struct.Struct("=IHHIIBxHiII")
-"""struct nlmsghdr and struct ifinfomsg."""
-_ATTRIBUTE = struct.Struct("=HH")
-"""struct rtattr."""
-_TYPE_MASK = 0x3FFF
+_LINK_HEAD = struct.Struct("=BxHiII")
+"""struct ifinfomsg."""
 _NAME, _LOWER, _MASTER, _INFO, _EXT_MASK, _NETNS = 3, 5, 10, 18, 29, 37
 """IFLA_IFNAME, IFLA_LINK, IFLA_MASTER, IFLA_LINKINFO, IFLA_EXT_MASK, IFLA_LINK_NETNSID."""
 _INFO_KIND = 1
@@ -231,35 +221,23 @@ def _dump_links() -> tuple[list[Link], bool]:
     """Ask for all links; answers also whether none came, went or changed meanwhile. Raises OSError."""
     links: list[Link] = []
     whole = True
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as asking:
-        asking.settimeout(_DUMP_SECONDS)
-        wish = _ATTRIBUTE.pack(8, _EXT_MASK) + struct.pack("=I", _SKIP_STATS)
-        head = _LINK_HEAD.pack(_LINK_HEAD.size + len(wish), _GET_LINK, _DUMP, 1, 0, socket.AF_UNSPEC, 0, 0, 0, 0)
-        asking.sendto(head + wish, (0, 0))
-        while True:
-            answer = asking.recv(_LONGEST_MESSAGE)
-            place = 0
-            while place < len(answer):
-                size, kind, flags = struct.unpack_from("=IHH", answer, place)
-                whole = whole and not flags & _INTERRUPTED
-                if kind == _DONE:
-                    return links, whole
-                if kind == _ERROR:
-                    (code,) = struct.unpack_from("=i", answer, place + 16)
-                    raise OSError(-code, os.strerror(-code))
-                if kind == _NEW_LINK and (link := _link(answer[place : place + size])):
-                    links.append(link)
-                place += size + 3 & ~3
+    wish = dump.ATTRIBUTE.pack(8, _EXT_MASK) + struct.pack("=I", _SKIP_STATS)
+    body = _LINK_HEAD.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + wish
+    for kind, message in dump.ask(socket.NETLINK_ROUTE, _GET_LINK, body, flags=dump.REQUEST | dump.DUMP):
+        whole = whole and not dump.flags_of(message) & dump.INTERRUPTED
+        if kind == _NEW_LINK and (link := _link(message)):
+            links.append(link)
+    return links, whole
 
 
 def _link(message: bytes) -> Link | None:
     """Read a message about a link; None if it is a loopback."""
-    *_, kind, index, flags, _ = _LINK_HEAD.unpack_from(message)
+    _, kind, index, flags, _ = _LINK_HEAD.unpack_from(message, dump.HEADER.size)
     if flags & _LOOPBACK:
         return None
-    found = _attributes(message, _LINK_HEAD.size)
+    found = _values(message, dump.HEADER.size + _LINK_HEAD.size)
     numbers = {each: int.from_bytes(found[each], sys.byteorder) for each in (_LOWER, _MASTER) if each in found}
-    info = _attributes(found[_INFO], 0) if _INFO in found else {}
+    info = _values(found[_INFO]) if _INFO in found else {}
     return Link(
         index=index,
         name=os.fsdecode(found[_NAME].rstrip(b"\0")),
@@ -271,15 +249,8 @@ def _link(message: bytes) -> Link | None:
     )
 
 
-def _attributes(message: bytes, place: int) -> dict[int, bytes]:
-    found = {}
-    while place + _ATTRIBUTE.size <= len(message):
-        size, kind = _ATTRIBUTE.unpack_from(message, place)
-        if size < _ATTRIBUTE.size:
-            break
-        found[kind & _TYPE_MASK] = message[place + _ATTRIBUTE.size : place + size]
-        place += size + 3 & ~3
-    return found
+def _values(message: bytes, place: int = 0) -> dict[int, bytes]:
+    return {kind: whole[dump.ATTRIBUTE.size :] for kind, whole in dump.attributes(message, place).items()}
 
 
 class Monitor:
