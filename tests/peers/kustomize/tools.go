@@ -3,5 +3,5 @@
 package tools
 
 import (
-	_ "github.com/grafana/tempo/cmd/tempo"
+	_ "sigs.k8s.io/kustomize/kustomize/v5"
 )
