@@ -13,17 +13,18 @@ setup: ## install what the other commands need: Debian packages, .venv
 	@tests/setup.sh
 
 .PHONY: check
-check: setup ## formatting, linting, types, layers: ruff, mypy, import-linter, clang-format, shellcheck
+check: setup ## formatting, linting, types, layers: ruff, mypy, import-linter, clang-format, shellcheck, kustomize
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports --no-logo
 	.venv/bin/clang-format --dry-run --Werror bpf/*.[ch] bpf/include/*/*.h tests/lab/*.c
 	shellcheck tests/*.sh .ci/run
+	$(PYTHON) -m tests.kustomize
 
 .PHONY: test
 test: check ## everything this machine can test; skips are listed with their reasons (CI=true: a skip fails)
-	@$(PYTHON) -m tests.peers.build otelcol kubernetes prometheus loki tempo || echo "the tests with what was not built will be skipped"
+	@$(PYTHON) -m tests.peers.build otelcol kubernetes prometheus loki tempo kustomize || echo "the tests with what was not built will be skipped"
 	$(PYTHON) -m pytest -n 2
 
 .PHONY: fuzz
