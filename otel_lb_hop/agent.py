@@ -489,6 +489,7 @@ class Agent:
             map_usage=self._tables.usage() | {"places": (len(self._places), self._loaded.sizes.places)},
             parts_healthy={name: part.healthy for name, part in self._health.parts().items()},
             process=process_usage(),
+            cluster_nodes=self._topology.cluster_nodes,
         )
 
     # API server and VIP file ─ feed ─ topology ─ tables in the kernel
