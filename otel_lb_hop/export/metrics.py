@@ -46,7 +46,7 @@ HOP_ROWS_REMEMBERED = 8_192
 
 
 class Kind(Enum):
-    """How points of a metric behave. Sums and histograms are cumulative."""
+    """How points of a metric behave. Sums and histograms are made cumulative."""
 
     COUNTER = "counter"
     UP_DOWN = "up_down"
@@ -78,6 +78,8 @@ class Metric(NamedTuple):
 
     instrument: Instrument
     points: Iterable[Point]
+    delta: bool = False
+    """Whether the points say what was counted since the point before."""
 
 
 CONNECTIONS = Instrument(
