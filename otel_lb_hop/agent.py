@@ -33,11 +33,12 @@ from otel_lb_hop.core.pinned import MARK, Mark, pack_mark, unpack_mark
 from otel_lb_hop.core.topology import KEEP_RETIRED_NS, LINGER_NS, Topology
 from otel_lb_hop.errors import ConfigError, KernelError
 from otel_lb_hop.export.metrics import Metric, MetricsBuilder, SelfReport
-from otel_lb_hop.export.outlets import LinesOutlet, MetricsOutlet, make_record_outlets, make_sinks
+from otel_lb_hop.export.outlets import LinesOutlet, make_metrics_outlets, make_record_outlets, make_sinks
 from otel_lb_hop.export.record_content import Sampling
 from otel_lb_hop.export.resource import Identity, make_resource
 from otel_lb_hop.kernel.bpf import run_program
 from otel_lb_hop.kernel.conntrack import ConntrackSocket, Places, events_problem, list_entries
+from otel_lb_hop.kernel.delivered import open_delivered
 from otel_lb_hop.kernel.hooks import Hooks
 from otel_lb_hop.kernel.loader import retire_ring
 from otel_lb_hop.kernel.netlink import Monitor, Netlink
@@ -260,8 +261,7 @@ class Agent:
         resource = make_resource(self._identity)
         since_ns = self._loaded.state.created_ns
         self._metrics_builder = MetricsBuilder(self._topology, config.node_name, time.time_ns(), since_ns)
-        timeout_seconds = config.metric_export_timeout_ms / 1e3
-        self._metrics = [MetricsOutlet(sink, timeout_seconds, resource) for sink in sinks.by_signal["metrics"]]
+        self._metrics = make_metrics_outlets(sinks, config, resource, lambda: open_delivered(self._loaded.pins))
         sampling = {
             "logs": Sampling.make(self._record_ratio),
             "traces": Sampling.make(self._record_ratio, config.span_ratio),
@@ -489,6 +489,7 @@ class Agent:
             map_usage=self._tables.usage() | {"places": (len(self._places), self._loaded.sizes.places)},
             parts_healthy={name: part.healthy for name, part in self._health.parts().items()},
             process=process_usage(),
+            cluster_nodes=self._topology.cluster_nodes,
         )
 
     # API server and VIP file ─ feed ─ topology ─ tables in the kernel

@@ -371,6 +371,14 @@ _METRIC_INTERVAL = _integer(
 _METRIC_TIMEOUT = _integer(
     "OTEL_METRIC_EXPORT_TIMEOUT", "30000", 1, MAX_INT32, "Most milliseconds that one export of metrics may take."
 )
+_TEMPORALITY = Setting(
+    "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE",
+    "cumulative",
+    "cumulative, delta or lowmemory",
+    "Whether metrics by OTLP say what was counted since the start or, with `delta`, since the export before; "
+    "`lowmemory` has histograms as deltas and counters, which are read from the kernel, cumulative.",
+    one_of("cumulative", "delta", "lowmemory"),
+)
 _SAMPLER = Setting(
     "OTEL_TRACES_SAMPLER",
     "parentbased_always_on",
@@ -394,6 +402,7 @@ STANDARD: Final[tuple[Setting[object], ...]] = (
     *_SIGNAL_PROTOCOL.values(),
     _METRIC_INTERVAL,
     _METRIC_TIMEOUT,
+    _TEMPORALITY,
     _SAMPLER,
     _SAMPLER_ARG,
     _SDK_DISABLED,
@@ -434,6 +443,7 @@ class Config:
     traces: SignalConfig
     metric_export_interval_ms: int
     metric_export_timeout_ms: int
+    temporality: str
     sdk_disabled: bool
     unknown: tuple[str, ...] = ()
 
@@ -483,6 +493,7 @@ class Config:
             traces=traces,
             metric_export_interval_ms=value(_METRIC_INTERVAL),
             metric_export_timeout_ms=value(_METRIC_TIMEOUT),
+            temporality=value(_TEMPORALITY),
             sdk_disabled=value(_SDK_DISABLED),
             unknown=_unknown(environ),
         )

@@ -219,6 +219,11 @@ class Topology:
         return self._node(self.node_name)
 
     @property
+    def cluster_nodes(self) -> int | None:
+        """How many nodes the API server has, else the VIP file names; None where neither tells of any."""
+        return next((len(nodes) for nodes in self._nodes.values() if nodes), None)
+
+    @property
     def skipped(self) -> list[Skipped]:
         """The VIP ports that a Service claims but does not have, and who has them."""
         skipped = []

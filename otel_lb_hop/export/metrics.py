@@ -28,7 +28,7 @@ from otel_lb_hop.core.layout import (
 from otel_lb_hop.core.ledger import KERNEL, METRICS, RING
 from otel_lb_hop.core.topology import HopRow, Placement
 from otel_lb_hop.export.attributes import Attributes, Labels, hop_attributes, vip_attributes
-from otel_lb_hop.model import Failure, Hop, Origin, Outcome, Transport
+from otel_lb_hop.model import Failure, Hop, Origin, Outcome, Policy, Transport
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -46,7 +46,7 @@ HOP_ROWS_REMEMBERED = 8_192
 
 
 class Kind(Enum):
-    """How points of a metric behave. Sums and histograms are cumulative."""
+    """How points of a metric behave. Sums and histograms are made cumulative."""
 
     COUNTER = "counter"
     UP_DOWN = "up_down"
@@ -78,6 +78,8 @@ class Metric(NamedTuple):
 
     instrument: Instrument
     points: Iterable[Point]
+    delta: bool = False
+    """Whether the points say what was counted since the point before."""
 
 
 CONNECTIONS = Instrument(
@@ -115,6 +117,12 @@ ENDPOINTS = Instrument(
     "Endpoints that kube-proxy picks from, by where they are, seen from this node",
 )
 VIP_PORTS = Instrument(Kind.GAUGE, semconv.METRIC_VIP_PORTS, "{vip_port}", "VIP ports that are watched")
+CLUSTER_NODES = Instrument(
+    Kind.GAUGE,
+    semconv.METRIC_CLUSTER_NODES,
+    "{node}",
+    "Nodes of the cluster by the API server, or without it those that the VIP file names",
+)
 EVENTS_DROPPED = Instrument(
     Kind.COUNTER, semconv.METRIC_EVENTS_DROPPED, "{event}", "Packets and events that could not be told"
 )
@@ -124,7 +132,7 @@ TOPOLOGY_AGE = Instrument(
 MAP_USAGE = Instrument(Kind.GAUGE, semconv.METRIC_MAP_USAGE, "{entry}", "Entries in a kernel table")
 MAP_LIMIT = Instrument(Kind.GAUGE, semconv.METRIC_MAP_LIMIT, "{entry}", "Entries that a kernel table can hold")
 PART_HEALTHY = Instrument(
-    Kind.GAUGE, semconv.METRIC_PART_HEALTHY, "1", "1 if a part of the agent works as it should, else 0"
+    Kind.GAUGE, semconv.METRIC_PART_HEALTHY, "{part}", "1 if a part of the agent works as it should, else 0"
 )
 RECORDS_SEEN = Instrument(Kind.COUNTER, semconv.METRIC_RECORDS_SEEN, "{record}", "Records that came to a stage")
 RECORDS_EXPORTED = Instrument(
@@ -174,6 +182,8 @@ class SelfReport(NamedTuple):
     """Map → (entries, limit)."""
     parts_healthy: Mapping[str, bool]
     process: Usage
+    cluster_nodes: int | None = None
+    """None where no source names nodes."""
 
 
 class MetricsBuilder:
@@ -247,12 +257,14 @@ class MetricsBuilder:
         )
 
     def _unforwarded(self, vips: Mapping[int, VipStats]) -> Iterator[Point]:
+        rows, created_ns = self._topology.vips.by_id, self._topology.vips.created_ns
         for vip_id, stats in vips.items():
+            may_be = _MAY_BE[rows[vip_id].policy]
             for origin, counts in enumerate(stats.unforwarded):
                 for reason, count in enumerate(counts):
-                    if count:
-                        start_ns = self._topology.vips.created_ns[vip_id]
-                        yield self._vip_labels[vip_id], _UNFORWARDED[origin, reason], start_ns, count
+                    # Zeros before the first loss: whoever looks at differences does not see what a series begins with.
+                    if count or (origin == OriginCode.EXTERNAL and reason in may_be):
+                        yield self._vip_labels[vip_id], _UNFORWARDED[origin, reason], created_ns[vip_id], count
 
     def _forwarded(self, hops: Mapping[int, HopStats]) -> Iterator[Point]:
         labels, rows, created_ns = self._vip_labels, self._topology.hops.by_id, self._topology.hops.created_ns
@@ -276,11 +288,12 @@ class MetricsBuilder:
                 yield self._vip_labels[vip_id], _NO_LABELS, created_ns[vip_id], stats.retransmits
 
     def _failures(self, sums: Mapping[tuple[int, Hop], HopStats]) -> Iterator[Point]:
+        rows, created_ns = self._topology.vips.by_id, self._topology.vips.created_ns
         for (vip_id, hop), total in sums.items():
+            usual = rows[vip_id].transport is Transport.TCP and hop is not Hop.UNKNOWN
             for failure, count in ((Failure.REFUSED, total.refused), (Failure.TIMEOUT, total.timeout)):
-                if count:
-                    start_ns = self._topology.vips.created_ns[vip_id]
-                    yield self._vip_labels[vip_id], _FAILED[hop, failure], start_ns, count
+                if count or usual:
+                    yield self._vip_labels[vip_id], _FAILED[hop, failure], created_ns[vip_id], count
 
     def _by_hop_class(self, values: Iterable[tuple[tuple[int, Hop], int | Histogram | None]]) -> Iterator[Point]:
         """Tell what is not 0. The VIP port's row, whose start time it has, is as old as the oldest of its hops."""
@@ -316,6 +329,7 @@ class MetricsBuilder:
             **_ledger_points(points, POINTS_SEEN, POINTS_EXPORTED, POINTS_DROPPED, POINTS_IN_FLIGHT),
             EVENTS_DROPPED: [({semconv.REASON: reason}, report.events[event]) for event, reason in EVENT_DROPS.items()],
             VIP_PORTS: [({}, report.vip_ports)],
+            CLUSTER_NODES: [] if report.cluster_nodes is None else [({}, report.cluster_nodes)],
             TOPOLOGY_AGE: [({}, report.topology_age_s)],
             MAP_USAGE: [({semconv.MAP: name}, used) for name, (used, _) in usage],
             MAP_LIMIT: [({semconv.MAP: name}, limit) for name, (_, limit) in usage],
@@ -406,6 +420,11 @@ _UNFORWARDED = {
     for origin in OriginCode
     for reason in Unforwarded
 }
+_MAY_BE = {
+    Policy.CLUSTER: frozenset({Unforwarded.DROPPED, Unforwarded.NO_ENDPOINTS}),
+    Policy.LOCAL: frozenset(Unforwarded),
+}
+"""Reasons that a VIP port with this policy can have for not forwarding."""
 
 
 def _forwarded_attributes(row: HopRow, origin: Origin) -> Attributes:

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from otel_lb_hop.export import metrics
     from otel_lb_hop.export.attributes import Attributes
 
-_CUMULATIVE = AggregationTemporality.CUMULATIVE
 _SCOPE = InstrumentationScope(semconv.SCOPE_NAME, __version__, semconv.SCHEMA_URL)
 
 
@@ -50,13 +49,14 @@ def _metric(metric: metrics.Metric, now_ns: int) -> Metric:
             histograms.append(_histogram(own.pairs | beyond.pairs, start_ns, now_ns, value))
         else:
             numbers.append(NumberDataPoint(own.pairs | beyond.pairs, start_ns, now_ns, value))
+    temporality = AggregationTemporality.DELTA if metric.delta else AggregationTemporality.CUMULATIVE
     data: Gauge | Sum | HistogramData
     if kind is Kind.HISTOGRAM:
-        data = HistogramData(histograms, _CUMULATIVE)
+        data = HistogramData(histograms, temporality)
     elif kind is Kind.GAUGE:
         data = Gauge(numbers)
     else:
-        data = Sum(numbers, _CUMULATIVE, is_monotonic=kind is Kind.COUNTER)
+        data = Sum(numbers, temporality, is_monotonic=kind is Kind.COUNTER)
     return Metric(name, description, unit, data)
 
 

@@ -66,6 +66,7 @@ def test_defaults() -> None:
     assert config.pin_path == Path("/sys/fs/bpf/otel-lb-hop")
     assert (config.metrics, config.logs, config.traces) == (signal, signal, signal)
     assert (config.metric_export_interval_ms, config.metric_export_timeout_ms) == (60000, 30000)
+    assert config.temporality == "cumulative"
     assert config.sdk_disabled is False
     assert config.unknown == ()
 
@@ -241,6 +242,7 @@ def test_sampler(sampler: str, argument: str, ratio: float) -> None:
         ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", ["http/json"]),
         ("OTEL_METRIC_EXPORT_INTERVAL", ["99", "0", "60s", "1000.5", "2147483648"]),
         ("OTEL_METRIC_EXPORT_TIMEOUT", ["0", "-1", "x"]),
+        ("OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", ["deltas", "low memory", "1"]),
         ("OTEL_TRACES_SAMPLER", ["on", "parentbased", "jaeger_remote", "TraceIdRatio"]),
         ("OTEL_TRACES_SAMPLER_ARG", ["1.1", "endpoint=x"]),
     ],
@@ -252,6 +254,14 @@ def test_refused(name: str, texts: list[str]) -> None:
         (problem,) = refused(BASE | {name: text})
         assert (problem.name, problem.read) == (name, text)
         assert problem.accepted.startswith(accepted)
+
+
+def test_temporality() -> None:
+    """As the specification has it, in upper or lower case."""
+    name = "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE"
+    assert [
+        Config.from_environ(BASE | {name: text}, "node1").temporality for text in ("Cumulative", "DELTA", "lowMemory")
+    ] == ["cumulative", "delta", "lowmemory"]
 
 
 def test_policy() -> None:

@@ -176,6 +176,11 @@ def beyond(metric: Metric) -> list[tuple[dict[str, Any], Any]]:
     return made
 
 
+def happened(metric: Metric) -> list[tuple[dict[str, Any], Any]]:
+    """Leave out the zeros."""
+    return [(attributes, value) for attributes, value in beyond(metric) if value]
+
+
 @pytest.fixture
 def web() -> Exporter:
     """Default/web with a backend here (row 2), on node2 in another zone (3) and on node3 in this one (4)."""
@@ -199,6 +204,7 @@ def test_connections(web: Exporter) -> None:
     assert beyond(web.build(vips, hops)["lb_hop.connections"]) == [
         ({"lb_hop.outcome": "no_endpoints"} | internal, 1),
         ({"lb_hop.outcome": "dropped"} | external, 2),
+        ({"lb_hop.outcome": "no_endpoints"} | external, 0),
         ({"lb_hop.outcome": "no_local_endpoints"} | external, 3),
         ({"lb_hop.outcome": "forwarded", "lb_hop.hop": "unknown"} | external, 4),
         (none | internal | same, 5),
@@ -210,7 +216,7 @@ def test_connections(web: Exporter) -> None:
 
 
 def test_zeros(web: Exporter) -> None:
-    """A zero stands only where it says something: external ways to known backends, and retransmissions.
+    """A zero stands where the first one counts: external ways to known backends, retransmissions, and what may fail.
 
     Of a VIP port that never took a connection on this node only the endpoints are told; of one that did, all for ever.
     """
@@ -222,12 +228,47 @@ def test_zeros(web: Exporter) -> None:
     web.build({1: vip_stats(external=(1,))}, nothing)
     metrics = web.build({1: vip_stats()}, nothing)
     assert [
-        (each["lb_hop.origin"], each["destination.k8s.node.name"], value)
+        (each["lb_hop.origin"], each["lb_hop.outcome"], each.get("destination.k8s.node.name"), value)
         for each, value in beyond(metrics["lb_hop.connections"])
-    ] == [("external", "node1", 0), ("external", "node2", 0), ("external", "node3", 0)]
+    ] == [
+        ("external", "dropped", None, 0),
+        ("external", "no_endpoints", None, 0),
+        ("external", "forwarded", "node1", 0),
+        ("external", "forwarded", "node2", 0),
+        ("external", "forwarded", "node3", 0),
+    ]
+    assert beyond(metrics["lb_hop.handshake.failures"]) == [
+        ({"lb_hop.hop": hop, "error.type": failure}, 0)
+        for hop in ("none", "avoidable")
+        for failure in ("refused", "timeout")
+    ]
     assert beyond(metrics["lb_hop.syn.retransmits"]) == [({}, 0)]
-    silent = {"lb_hop.handshake.failures", "lb_hop.replies.unseen", "lb_hop.forward.duration"}
+    silent = {"lb_hop.replies.unseen", "lb_hop.forward.duration"}
     assert not metrics.keys() & (silent | {"lb_hop.handshake.duration"})
+
+
+def test_zeros_of_policy_local_and_of_datagrams() -> None:
+    """Without a local endpoint only policy Local does not forward; what has no handshake has none that fails."""
+    made = Exporter(cluster(vip_port(REMOTE, policy=Policy.LOCAL), vip_port(LOCAL, port=53, transport=Transport.UDP)))
+    metrics = made.build({1: vip_stats(internal=(1,)), 3: vip_stats()}, {2: hop_stats(), 4: hop_stats(external=1)})
+    told = [
+        (attributes["server.port"], attributes["lb_hop.origin"], attributes["lb_hop.outcome"], value)
+        for attributes, _, value in points(metrics["lb_hop.connections"])
+    ]
+    assert told == [
+        (80, "internal", "dropped", 1),
+        (80, "external", "dropped", 0),
+        (80, "external", "no_endpoints", 0),
+        (80, "external", "no_local_endpoints", 0),
+        (53, "external", "dropped", 0),
+        (53, "external", "no_endpoints", 0),
+        (80, "external", "forwarded", 0),
+        (53, "external", "forwarded", 1),
+    ]
+    assert [
+        (attributes["server.port"], attributes["lb_hop.hop"], attributes["error.type"], value)
+        for attributes, _, value in points(metrics["lb_hop.handshake.failures"])
+    ] == [(80, "required", "refused", 0), (80, "required", "timeout", 0)]
 
 
 @pytest.mark.parametrize("transport", ["tcp", "udp", "sctp"])
@@ -236,8 +277,16 @@ def test_other_vip_attributes(transport: str) -> None:
     other: dict[str, Any] = {"name": "shop/api", "policy": Policy.LOCAL, "transport": Transport[transport.upper()]}
     made = Exporter(cluster(vip_port(LOCAL, address="fd00:10::1", port=443, **other)))
     metrics = made.build({1: vip_stats(external=(9,), retransmits=8)})
-    ((attributes, _, value),) = points(metrics["lb_hop.connections"])
-    assert value == 9
+    told = {
+        attributes["lb_hop.outcome"]: (value, attributes)
+        for attributes, _, value in points(metrics["lb_hop.connections"])
+    }
+    assert {outcome: value for outcome, (value, _) in told.items()} == {
+        "dropped": 9,
+        "no_endpoints": 0,
+        "no_local_endpoints": 0,
+    }
+    _, attributes = told["dropped"]
     assert attributes == {
         "lb_hop.outcome": "dropped",
         "lb_hop.origin": "external",
@@ -263,6 +312,7 @@ def test_failures_are_summed_over_the_backends_nodes(web: Exporter) -> None:
     metrics = web.build({}, hops)
     assert beyond(metrics["lb_hop.handshake.failures"]) == [
         ({"lb_hop.hop": "none", "error.type": "refused"}, 1),
+        ({"lb_hop.hop": "none", "error.type": "timeout"}, 0),
         ({"lb_hop.hop": "avoidable", "error.type": "refused"}, 22),
         ({"lb_hop.hop": "avoidable", "error.type": "timeout"}, 3),
     ]
@@ -295,7 +345,7 @@ def test_kinds_units_and_temporality(web: Exporter) -> None:
     """Counters are cumulative and monotonic, histograms cumulative, the rest gauges; units are UCUM."""
     full = hop_stats(1, 1, refused=1, reply_unseen=1, forward=histogram(1, b0=1), handshake=histogram(1, b0=1))
     stages = [Stage(name, signal, "", 2, 1, {"x": 1}, 0) for name, signal in (("queue", "logs"), ("queue", "metrics"))]
-    report = SelfReport((1,) * len(Event), stages, 1, 1.0, {"backends": (1, 2)}, {"ring": True}, NO_USAGE)
+    report = SelfReport((1,) * len(Event), stages, 1, 1.0, {"backends": (1, 2)}, {"ring": True}, NO_USAGE, 3)
     metrics = web.build({1: vip_stats()}, {2: full}, report)
     kinds = {name: (kind(metric), metric.unit) for name, metric in metrics.items()}
     assert kinds == {
@@ -320,7 +370,8 @@ def test_kinds_units_and_temporality(web: Exporter) -> None:
         "lb_hop.topology.age": ("gauge", "s"),
         "lb_hop.map.usage": ("gauge", "{entry}"),
         "lb_hop.map.limit": ("gauge", "{entry}"),
-        "lb_hop.part.healthy": ("gauge", "1"),
+        "lb_hop.cluster.nodes": ("gauge", "{node}"),
+        "lb_hop.part.healthy": ("gauge", "{part}"),
         "process.cpu.time": ("sum", "s"),
         "process.memory.usage": ("sum", "By"),
     }
@@ -346,9 +397,9 @@ def test_start_times() -> None:
     starts = {}
     for attributes, start, _ in points(metrics["lb_hop.connections"]):
         starts[attributes.get("lb_hop.hop", attributes["lb_hop.outcome"])] = start
-    assert starts == {"dropped": START, "required": START, "avoidable": later}
+    assert starts == {"dropped": START, "no_endpoints": START, "required": START, "avoidable": later}
     for name in ("lb_hop.syn.retransmits", "lb_hop.handshake.failures", "lb_hop.forward.duration"):
-        assert [start for _, start, _ in points(metrics[name])] == [START]
+        assert {start for _, start, _ in points(metrics[name])} == {START}
     for name, start in (("lb_hop.events.dropped", COUNTING_START), ("process.cpu.time", AGENT_START)):
         assert {each for _, each, _ in points(metrics[name])} == {start}
     for name in ("lb_hop.vip.ports", "lb_hop.endpoints", "lb_hop.connections.pending"):
@@ -372,11 +423,17 @@ def test_retired_rows_are_still_told() -> None:
     made = Exporter(cluster(vip_port(LOCAL)))
     made.topology.replace(cluster(), NOW)
     metrics = made.build({1: vip_stats(retransmits=1)}, {2: hop_stats(external=3, refused=1)})
-    assert [value for _, value in beyond(metrics["lb_hop.connections"])] == [3]
-    assert [value for _, value in beyond(metrics["lb_hop.handshake.failures"])] == [1]
+    assert [value for _, value in happened(metrics["lb_hop.connections"])] == [3]
+    assert [value for _, value in happened(metrics["lb_hop.handshake.failures"])] == [1]
 
 
 _SUMS = ("lb_hop.handshake.failures", "lb_hop.replies.unseen", "lb_hop.forward.duration", "lb_hop.handshake.duration")
+
+
+def told_by_node(made: Exporter) -> list[str]:
+    """Name the backends' nodes of the forwarded connections that are told."""
+    connections = beyond(made.export()["lb_hop.connections"])
+    return [each["destination.k8s.node.name"] for each, _ in connections if each["lb_hop.outcome"] == "forwarded"]
 
 
 def test_a_forgotten_row_keeps_a_sum_from_falling() -> None:
@@ -396,19 +453,17 @@ def test_a_forgotten_row_keeps_a_sum_from_falling() -> None:
         "lb_hop.forward.duration": [(avoidable, (8e-6, (0, 3, 0, 1, *[0] * 18)))],
         "lb_hop.handshake.duration": [(avoidable, (9e-9, (10, *[0] * 21)))],
     }
-    nodes = [each.get("destination.k8s.node.name") for each, _ in beyond(made.export()["lb_hop.connections"])]
-    assert nodes == ["node1", "node2", "node3"]
+    assert told_by_node(made) == ["node1", "node2", "node3"]
     for state, left in ((vip_port(LOCAL, SECOND_REMOTE), ["node1", "node3"]), (vip_port(LOCAL), ["node1"])):
         made.go_over_to(cluster(state), NOW)
-        assert {name: beyond(made.export()[name]) for name in _SUMS} == sums
+        assert {name: happened(made.export()[name]) for name in _SUMS} == sums
         # By node it is told no more: that series ended with its row.
-        connections = beyond(made.export()["lb_hop.connections"])
-        assert [each.get("destination.k8s.node.name") for each, _ in connections] == left
+        assert told_by_node(made) == left
     for now in (NOW, NOW + SECOND):
         kernel.begin_anew()
         kernel.adopt(now)
         made = Exporter(cluster(vip_port(LOCAL)), kernel)
-        assert {name: beyond(made.export()[name]) for name in _SUMS} == sums
+        assert {name: happened(made.export()[name]) for name in _SUMS} == sums
         assert {start for name in _SUMS for _, start, _ in points(made.export()[name])} == {START}
 
 
@@ -418,13 +473,14 @@ def test_what_forgotten_rows_counted_goes_with_its_vip_port() -> None:
     made = Exporter(cluster(vip_port(LOCAL, REMOTE)), kernel)
     kernel.count_in_hop(3, 0, 5, 0, 5)
     made.go_over_to(cluster(vip_port(LOCAL)), NOW)
-    assert [value for _, _, value in points(made.export()["lb_hop.handshake.failures"])] == [5]
+    assert [value for _, value in happened(made.export()["lb_hop.handshake.failures"])] == [5]
     made.go_over_to(cluster(), NOW)
     later = NOW + KEEP_RETIRED_NS + SECOND
     made.go_over_to(cluster(vip_port(LOCAL, REMOTE)), later)
     assert "lb_hop.handshake.failures" not in made.export()
     kernel.count_in_hop(max(kernel.rows[1]), 0, 1, 0, 1)
-    assert [(start, value) for _, start, value in points(made.export()["lb_hop.handshake.failures"])] == [(later, 1)]
+    failures = points(made.export()["lb_hop.handshake.failures"])
+    assert [(start, value) for _, start, value in failures] == [(later, 0), (later, 0), (later, 1), (later, 0)]
 
 
 IN_RING = ("ring", "lb_hop.records.seen")
@@ -576,6 +632,14 @@ def test_every_event_is_told() -> None:
     assert reasons == {event.name.lower() for event in Event if not event.name.startswith("RECORD_")}
 
 
+def test_nodes_of_the_cluster() -> None:
+    """Told where a source names nodes, and nothing rather than a zero where none does."""
+    made = Exporter(cluster())
+    assert "lb_hop.cluster.nodes" not in made.build()
+    metric = made.build(report=EMPTY_REPORT._replace(cluster_nodes=3))["lb_hop.cluster.nodes"]
+    assert [(attributes, value) for attributes, _, value in points(metric)] == [({"k8s.node.name": "node1"}, 3)]
+
+
 def test_resource_and_scope(web: Exporter) -> None:
     """An export names its resource and scope, with the schema of the semantic conventions."""
     (resource,) = decoded(web.chunks()).resource_metrics
@@ -589,7 +653,7 @@ def test_points(web: Exporter) -> None:
     """Integers are integers up to the largest, bools stay bools, histograms have no min and max."""
     hops = {3: hop_stats(external=2**63 - 1, forward=histogram(3_000_000, b1=3, b21=1))}
     metrics = web.build({1: vip_stats(retransmits=2)}, hops)
-    (point,) = metrics["lb_hop.connections"].sum.data_points
+    (point,) = (point for point in metrics["lb_hop.connections"].sum.data_points if point.as_int)
     assert (point.as_int, point.start_time_unix_nano, point.time_unix_nano) == (2**63 - 1, START, NOW)
     values = {each.key: each.value for each in point.attributes}
     assert values["lb_hop.zone.crossed"].bool_value is True
@@ -619,7 +683,8 @@ def test_chunks_of_a_large_cluster() -> None:
             assert piece.unit
             told.setdefault(piece.name, []).append(len(points(piece)))
     assert {name: sum(counts) for name, counts in told.items() if len(counts) > 1} == {
-        "lb_hop.connections": 6_000,
+        "lb_hop.connections": 8_000,
+        "lb_hop.handshake.failures": 8_000,
         "lb_hop.forward.duration": 6_000,
         "lb_hop.syn.retransmits": 2_000,
         "lb_hop.connections.pending": 2_000,
