@@ -29,7 +29,6 @@ SERVICE_OF = {
     "hop-cost": "web",
     "slow-traces": "slow",
     "long-traces": "slow",
-    "slow-records": "slow",
     "failed-records": "firewalled",
     "failed-traces": "firewalled",
     "top-clients": "web",
@@ -89,9 +88,8 @@ def read(page: str) -> list[Query]:
     ]
 
 
-def words(scene: Scene, name: str) -> dict[str, str]:
+def words(scene: Scene, service: str) -> dict[str, str]:
     """Say what the words with a `$` are in a query: a Service, a node, or one connection that the truth knows."""
-    service = SERVICE_OF.get(name, "web")
     fate = connection(scene)
     assert fate.source
     return {
@@ -125,9 +123,10 @@ def fill(text: str, scene: Scene, values: Mapping[str, str]) -> str:
     return text.replace(WINDOW, f"[{scene.range}]")
 
 
-def ask(scene: Scene, query: Query) -> Answer:
-    """Ask a query of the page."""
-    text = fill(query.text, scene, words(scene, query.name) if "$" in query.text else {})
+def ask(scene: Scene, query: Query, service: str | None = None) -> Answer:
+    """Ask a query of the page, of the Service that it is about there or of another one."""
+    values = words(scene, service or SERVICE_OF.get(query.name, "web")) if "$" in query.text else {}
+    text = fill(query.text, scene, values)
     if query.language == "promql":
         return Answer(samples=scene.prometheus.query(text, scene.at))
     if query.language == "traceql":

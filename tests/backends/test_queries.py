@@ -186,8 +186,7 @@ def _(scene: Scene, answer: Answer) -> None:
 
 @expects("hop-cost")
 def _(scene: Scene, answer: Answer) -> None:
-    of_class = queries.ask(scene, next(query for query in QUERIES if query.name == "handshake-median"))
-    medians = of_class.values("lb_hop_hop")
+    medians = queries.ask(scene, query_named("handshake-median")).values("lb_hop_hop")
     expected = {(hop,): medians[hop,] - medians["none",] for hop in ("avoidable", "required")}
     assert answer.values("lb_hop_hop") == pytest.approx(expected)
 
@@ -217,15 +216,22 @@ def check_traces(scene: Scene, found: list[Found], fates: list[Fate]) -> None:
     assert sorted(clients) == sorted(fate.client for fate in fates)
 
 
+def query_named(name: str) -> Query:
+    """Pick a query of the page."""
+    return next(query for query in QUERIES if query.name == name)
+
+
 @expects("slow-traces")
 def _(scene: Scene, answer: Answer) -> None:
     check_traces(scene, answer.traces, scene.truth.select(service="default/slow"))
+    assert queries.ask(scene, query_named("slow-traces"), "web").traces == []
 
 
 @expects("long-traces")
 def _(scene: Scene, answer: Answer) -> None:
     check_traces(scene, answer.traces, scene.truth.select(service="default/slow"))
-    assert all(500 < found.duration_ms < 5000 for found in answer.traces)
+    assert queries.ask(scene, query_named("long-traces"), "firewalled").traces == []
+    assert queries.ask(scene, query_named("long-traces"), "web").traces == []
 
 
 def check_lines(answer: Answer, fates: list[Fate]) -> None:
