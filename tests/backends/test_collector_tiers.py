@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from tests.lab import Node
+
 pytestmark = [
     pytest.mark.root,
     pytest.mark.collector,
@@ -114,40 +116,45 @@ class Tiers:
         self.backends: list[Backend] = []
         self.gateways: list[Configured] = []
         self._sent = 0
-        for _ in range(2):
-            self.add_gateway()
-        self._tell(self.gateways)
+        # All start at once, and are waited for afterwards.
+        gateways = [self._gateway(node) for node in lab.nodes[:2]]
+        self._tell(gateways)
         settings = {"LB_HOP_PROMETHEUS_ENDPOINT": f"http://{prometheus.address}{REMOTE_WRITE}"}
         self.balancers = [
-            stack.enter_context(Configured(node, ["balancer.yaml"], settings, listen=node.mgmt4, hosts=self._hosts))
+            Configured(node, ["balancer.yaml"], settings, listen=node.mgmt4, hosts=self._hosts)
             for node in lab.nodes[:2]
         ]
         # The second sees the same packets and says that it is node2, as the agent of the backend's node will do.
         self.agents = [
-            stack.enter_context(
-                Agent(
-                    lab.nodes[0],
-                    lab.vips_path,
-                    endpoint(balancer.listen) | {"OTEL_LB_HOP_NODE_NAME": f"node{number}"},
-                    name=f"agent{number}",
-                    port=9464 + number,
-                )
+            Agent(
+                lab.nodes[0],
+                lab.vips_path,
+                endpoint(balancer.listen) | {"OTEL_LB_HOP_NODE_NAME": f"node{number}"},
+                name=f"agent{number}",
+                port=9464 + number,
             )
             for number, balancer in enumerate(self.balancers, 1)
         ]
+        self.gateways += [stack.enter_context(gateway) for gateway in gateways]
+        for balancer in self.balancers:
+            stack.enter_context(balancer)
+        for agent in self.agents:
+            stack.enter_context(agent)
 
     def add_gateway(self) -> None:
         """Start another gateway, on the next node; nobody is told."""
+        gateway = self._gateway(self._lab.nodes[len(self.gateways)])
+        self.gateways.append(self._stack.enter_context(gateway))
+
+    def _gateway(self, node: Node) -> Configured:
         backend = self._stack.enter_context(Backend(self._lab))
-        node = self._lab.nodes[len(self.gateways)]
+        self.backends.append(backend)
         settings = {
             "LB_HOP_LOKI_ENDPOINT": backend.url,
             "LB_HOP_TEMPO_ENDPOINT": backend.url,
-            "LB_HOP_DECISION_WAIT": "2s",
+            "LB_HOP_DECISION_WAIT": "1s",
         }
-        gateway = Configured(node, ["gateway.yaml"], settings, listen=node.address4)
-        self.backends.append(backend)
-        self.gateways.append(self._stack.enter_context(gateway))
+        return Configured(node, ["gateway.yaml"], settings, listen=node.address4)
 
     def resolve(self, gateways: list[Configured]) -> None:
         """Let the DNS name stand for these gateways, and wait until both balancers know."""
