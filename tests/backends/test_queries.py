@@ -323,7 +323,7 @@ def _(scene: Scene, answer: Answer) -> None:
 def _(scene: Scene, answer: Answer) -> None:
     fate = queries.connection(scene)
     (line,) = answer.lines
-    assert line.text == f"client {fate.client[0]} port {fate.client[1]}, by {fate.node} to {fate.pod}"
+    assert line.text == f"client {fate.client[0]} port {fate.client[1]} by {fate.node} to {fate.pod}"
 
 
 @expects("trace-of-source")
