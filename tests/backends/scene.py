@@ -64,7 +64,7 @@ STORED_SECONDS = 90.0
 """A verdict comes 5 to 7 s after the first SYN; the rest is for a slow machine."""
 
 SERVED, NOT_SERVED, FIREWALLED, SLOW, RESOLVER = 8080, 8081, 8082, 8083, 8053
-ONE_RETRY_SECONDS, NO_RETRY_SECONDS = 1.5, 0.5
+ONE_RETRY_SECONDS, NO_RETRY_SECONDS = 1.5, 0.3
 """A client sends its SYN again after 1 s, then after 2 s or 3 s."""
 _DROP_FIRST_SYN = f"""table inet slow {{
   set seen {{ type ipv4_addr . inet_service; flags dynamic, timeout; timeout 1m; size 65535; }}
@@ -176,6 +176,8 @@ class Fate(NamedTuple):
     """Forwarded, neither answered nor failed: the reply was unseen."""
     network: str
     """`ipv4` or `ipv6`."""
+    connect_seconds: float
+    """As the client measured it, to its answer, error or end of patience."""
 
 
 @dataclass
@@ -403,46 +405,48 @@ class _Director:
             return found if translated <= found.keys() else {}
 
         ways = wait_for(f"news of connections to {service.name}", look) if translated else {}
-        origin = "internal" if batch.from_pod else "external"
         for result in results:
             client = result.client_address, result.client_port
-            common = (
-                f"default/{service.name}",
-                batch.vip,
-                service.port,
-                service.transport.name.lower(),
-                service.policy.value,
-            )
-            network = "ipv6" if ":" in batch.vip else "ipv4"
-            told = ways.get(client)
-            if told is None:
-                assert service.lost
-                assert service.lost_on
-                lost = service.lost_on, origin, service.lost
-                yield Fate(
-                    *common, *lost, None, None, None, None, client, None, None, None, answered=False, network=network
-                )
-                continue
-            verdict = truth.verdict_attributes(vip_port, told, origin)
-            failure = None
-            if not result.ok and batch.timeout > NO_RETRY_SECONDS:
-                failure = "refused" if result.error == "ECONNREFUSED" else "timeout"
-            yield Fate(
-                *common,
-                told.node.name,
-                origin,
-                "forwarded",
-                verdict["lb_hop.hop"],
-                told.pod.node,
-                verdict["lb_hop.zone.crossed"],
-                failure,
-                client,
-                told.source,
-                told.destination,
-                told.pod.name,
+            fate = Fate(
+                service=f"default/{service.name}",
+                vip=batch.vip,
+                port=service.port,
+                transport=service.transport.name.lower(),
+                policy=service.policy.value,
+                node=service.lost_on or "",
+                origin="internal" if batch.from_pod else "external",
+                outcome=service.lost or "",
+                hop=None,
+                destination_node=None,
+                zone_crossed=None,
+                failure=None,
+                client=client,
+                source=None,
+                destination=None,
+                pod=None,
                 answered=result.ok,
-                network=network,
+                network="ipv6" if ":" in batch.vip else "ipv4",
+                connect_seconds=result.connect_seconds,
             )
+            if client in ways:
+                fate = _forwarded(fate, vip_port, ways[client])
+                if not result.ok and batch.timeout > NO_RETRY_SECONDS:
+                    fate = fate._replace(failure="refused" if result.error == "ECONNREFUSED" else "timeout")
+            yield fate
+
+
+def _forwarded(fate: Fate, vip_port: VipPort, told: truth.Told) -> Fate:
+    verdict = truth.verdict_attributes(vip_port, told, fate.origin)
+    return fate._replace(
+        node=told.node.name,
+        outcome="forwarded",
+        hop=verdict["lb_hop.hop"],
+        destination_node=told.pod.node,
+        zone_crossed=verdict["lb_hop.zone.crossed"],
+        source=told.source,
+        destination=told.destination,
+        pod=told.pod.name,
+    )
 
 
 class _Watch:
