@@ -45,6 +45,16 @@ soak: setup ## agents while everything around them comes and goes: make soak MIN
 demo: setup ## real traffic through two VIPs, an agent on each node, and what it tells
 	$(PYTHON) -m tests.demo
 
+.PHONY: queries
+queries: setup ## run the worked queries of docs/queries.md and write their output into it
+	@$(PYTHON) -m tests.peers.build otelcol prometheus loki tempo
+	$(PYTHON) -m tests.backends.queries
+
+.PHONY: pictures
+pictures: setup ## draw docs/images from the results of real queries
+	@$(PYTHON) -m tests.peers.build otelcol prometheus loki tempo
+	$(PYTHON) -m tests.backends.pictures
+
 .PHONY: bench
 bench: setup ## what it costs, each row a ratio or a figure of one run
 	$(PYTHON) -m tests.bench
