@@ -110,6 +110,8 @@ def pack_name(name: Name) -> bytes:
         fields = [row.namespace, row.service, row.address.hex(), row.port, row.transport.value, row.policy.value]
     else:
         fields = [row.vip_id, row.hop.value, row.node, row.zone_crossed]
+        if row.zone is not None:
+            fields.append(row.zone)
     raw = json.dumps([name.created_ns, *fields], ensure_ascii=False, separators=(",", ":")).encode(
         "utf-8", "surrogatepass"
     )
@@ -129,8 +131,10 @@ def _name(fields: Any) -> Name:  # noqa: ANN401 - what JSON held
         namespace, service, address, port, transport, policy = rest
         vip = VipRow(namespace, service, bytes.fromhex(address), int(port), Transport(transport), Policy(policy))
         return Name(vip, int(created_ns))
-    vip_id, hop, node, zone_crossed = rest
-    return Name(HopRow(int(vip_id), Hop(hop), node, zone_crossed), int(created_ns))
+    vip_id, hop, node, zone_crossed, *zone = rest
+    if not all(isinstance(each, str) for each in zone):
+        raise ValueError(zone)
+    return Name(HopRow(int(vip_id), Hop(hop), node, zone_crossed, *zone), int(created_ns))
 
 
 def pack_state(state: State) -> bytes:

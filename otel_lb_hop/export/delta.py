@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from otel_lb_hop.core.layout import BUCKETS, Histogram
 from otel_lb_hop.core.pinned import DELIVERED_KEY_BYTES, Delivered, pack_delivered, unpack_delivered
-from otel_lb_hop.export.metrics import Kind, Metric
+from otel_lb_hop.export.points import Kind, Metric
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from collections.abc import Set as AbstractSet
 
-    from otel_lb_hop.export.metrics import Point
+    from otel_lb_hop.export.points import Point
 
 _TAG_BYTES = 4
 _KEY_BYTES = DELIVERED_KEY_BYTES - _TAG_BYTES
@@ -111,7 +111,7 @@ def _key(metric: Metric, point: Point) -> bytes:
     """Name a series: one with another start is another."""
     own, beyond, start_ns, _ = point
     content = b"".join(
-        (metric.instrument.name.encode(), b"\0", start_ns.to_bytes(8, sys.byteorder), own.number, beyond.number)
+        (metric.instrument.name.encode(), b"\0", start_ns.to_bytes(8, sys.byteorder), own.identity, beyond.identity)
     )
     return blake2b(content, digest_size=_KEY_BYTES).digest()
 

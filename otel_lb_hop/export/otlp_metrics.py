@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 from otel_lb_hop.core.layout import BUCKETS
 from otel_lb_hop.export import wire
 from otel_lb_hop.export.delivery import Chunk
-from otel_lb_hop.export.metrics import BOUNDS_S, Kind
+from otel_lb_hop.export.points import BOUNDS_S, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from otel_lb_hop.export.metrics import Metric
+    from otel_lb_hop.export.points import Metric
 
 CHUNK_BYTES = 1 << 19
 """Most bytes of a chunk, which is a request: with its envelope less than the 1 MiB that nginx takes if nobody told it

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from otel_lb_hop.export.delivery import Sink
     from otel_lb_hop.export.delta import Memory
     from otel_lb_hop.export.log_lines import LogLine
-    from otel_lb_hop.export.metrics import Kind, Metric
+    from otel_lb_hop.export.points import Kind, Metric
     from otel_lb_hop.export.record_content import Sampling
 
 log = logging.getLogger(__name__)

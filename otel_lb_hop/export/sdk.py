@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from otel_lb_hop.errors import ConfigError, Problem
 from otel_lb_hop.export.backlog import FAILED
 from otel_lb_hop.export.delivery import Reply
-from otel_lb_hop.export.metrics import Kind
+from otel_lb_hop.export.points import Kind
 
 if TYPE_CHECKING:
     from otel_lb_hop.export.delivery import Chunk, Sink

@@ -20,27 +20,27 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 from otel_lb_hop import __version__, semconv
 from otel_lb_hop.core.layout import Histogram
-from otel_lb_hop.export.metrics import BOUNDS_S, Kind
+from otel_lb_hop.export.points import BOUNDS_S, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from opentelemetry.sdk.resources import Resource
 
-    from otel_lb_hop.export import metrics
+    from otel_lb_hop.export import points
     from otel_lb_hop.export.attributes import Attributes
 
 _SCOPE = InstrumentationScope(semconv.SCOPE_NAME, __version__, semconv.SCHEMA_URL)
 
 
-def make_data(told: Iterable[metrics.Metric], resource: Resource, now_ns: int) -> MetricsData:
+def make_data(told: Iterable[points.Metric], resource: Resource, now_ns: int) -> MetricsData:
     """Make one export, as of `now_ns`; a metric without points is left out."""
     made = [_metric(metric, now_ns) for metric in told]
     scope = ScopeMetrics(_SCOPE, [metric for metric in made if metric.data.data_points], semconv.SCHEMA_URL)
     return MetricsData([ResourceMetrics(resource, [scope], resource.schema_url)])
 
 
-def _metric(metric: metrics.Metric, now_ns: int) -> Metric:
+def _metric(metric: points.Metric, now_ns: int) -> Metric:
     kind, name, unit, description = metric.instrument
     numbers: list[NumberDataPoint] = []
     histograms: list[HistogramDataPoint] = []

@@ -12,10 +12,10 @@ import pytest
 from otel_lb_hop.core.pinned import STATE, Delivered, State, pack_delivered, pack_state, unpack_delivered
 from otel_lb_hop.errors import KernelError
 from otel_lb_hop.kernel import bpf
-from otel_lb_hop.kernel.delivered import SHAPE, open_delivered
 from otel_lb_hop.kernel.hooks import Hooks
 from otel_lb_hop.kernel.netlink import INGRESS_PARENT, Netlink
 from otel_lb_hop.kernel.pins import NOTES_SHAPE, PinFolder, Pinning, Pins, claim, leave, own_netns, reclaim
+from otel_lb_hop.kernel.told import DELIVERED, SHAPE, open_told
 from otel_lb_hop.ops.uninstall import uninstall
 from tests.bench.measure import empty_program
 from tests.kernel.requirements import needs_kernel
@@ -103,10 +103,11 @@ def test_one_agent_at_a_time(path: Path) -> None:
 
 def test_what_was_delivered_is_found_again(folder: PinFolder) -> None:
     """By the next agent, and by each exporter of one; a map of another shape gives way. Without pins there is none."""
-    assert open_delivered(None) is None
     pins = complete(folder, STATE_OF)
+    nothing = [(None, True), (None, False), (pins, False)]
+    assert [open_told(each, DELIVERED, make=make) for each, make in nothing] == [None] * 3
     pin_a_map(pins._folder / "delivered")
-    opened = [open_delivered(pins) for _ in range(3)]
+    opened = [open_told(pins, DELIVERED, make=True) for _ in range(3)]
     told, key = Delivered(2**63, -7, bytes(range(176))), bytes(range(16))
     for each in opened:
         assert each is not None

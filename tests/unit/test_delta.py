@@ -18,14 +18,14 @@ from otel_lb_hop.export.attributes import Labels
 from otel_lb_hop.export.backlog import Snapshots
 from otel_lb_hop.export.delivery import Chunk, Reply
 from otel_lb_hop.export.delta import TEMPORALITIES, Deltas, divide
-from otel_lb_hop.export.metrics import Instrument, Kind, Metric
 from otel_lb_hop.export.outlets import DeltaSink
+from otel_lb_hop.export.points import Instrument, Kind, Metric
 from otel_lb_hop.export.wire import Envelope
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from otel_lb_hop.export.metrics import Point
+    from otel_lb_hop.export.points import Point
 
 CUMULATIVE, DELTA = 2, 1
 """AGGREGATION_TEMPORALITY_*."""

@@ -15,13 +15,14 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 from opentelemetry.sdk.resources import Resource
 
 from otel_lb_hop import __version__, semconv
+from otel_lb_hop.config import MetricAttributes
 from otel_lb_hop.core.layout import Event, HopStats, VipStats
 from otel_lb_hop.core.ledger import Stage
-from otel_lb_hop.core.topology import KEEP_RETIRED_NS
+from otel_lb_hop.core.topology import KEEP_RETIRED_NS, Source
 from otel_lb_hop.export import otlp_metrics, sdk_metrics
-from otel_lb_hop.export.metrics import MetricsBuilder, SelfReport, Usage
+from otel_lb_hop.export.metrics import USUAL, MetricsBuilder, SelfReport, Usage
 from otel_lb_hop.export.wire import Envelope
-from otel_lb_hop.model import Policy, Transport
+from otel_lb_hop.model import Node, Policy, Transport
 from tests.unit.fake_kernel import Kernel, unpack_words
 from tests.unit.samples import (
     CLUSTERS,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric
 
     from otel_lb_hop.export.delivery import Chunk
+    from otel_lb_hop.export.delta import Memory
     from otel_lb_hop.model import Cluster
 
 START = 1_700_000_000 * SECOND
@@ -84,17 +86,41 @@ CUMULATIVE = 2
 Point = tuple[dict[str, Any], int, Any]
 
 
+def kernel_for(attributes: MetricAttributes) -> Kernel:
+    """Make a kernel whose topology tells what the attributes need."""
+    kernel = Kernel()
+    kernel.tells_zones = attributes.destination_zone
+    kernel.begin_anew()
+    return kernel
+
+
 class Exporter:
     """A topology and its builder."""
 
-    def __init__(self, state: Cluster, kernel: Kernel | None = None) -> None:
+    def __init__(
+        self,
+        state: Cluster,
+        kernel: Kernel | None = None,
+        *,
+        attributes: MetricAttributes = USUAL,
+        series: int = 20_000,
+        memory: Memory | None = None,
+    ) -> None:
         """With a kernel, its topology is used, and counters come from its rows."""
-        self.kernel = kernel or Kernel()
+        self.kernel = kernel or kernel_for(attributes)
         self.topology = self.kernel.topology
         self.topology.replace(state, START)
         if kernel:
             kernel.write()
-        self.builder = MetricsBuilder(self.topology, NODE, AGENT_START, COUNTING_START)
+        self.builder = MetricsBuilder(
+            self.topology,
+            NODE,
+            AGENT_START,
+            COUNTING_START,
+            attributes=attributes,
+            series=series,
+            open_memory=lambda _: memory,
+        )
 
     def chunks(
         self,
@@ -247,6 +273,65 @@ def test_zeros(web: Exporter) -> None:
     assert not metrics.keys() & (silent | {"lb_hop.handshake.duration"})
 
 
+def test_zones() -> None:
+    """This node's zone is on all connections, the backend's where it is known; one that comes late is no new series."""
+    zones = MetricAttributes(zone=True, destination_zone=True)
+    made = Exporter(cluster(vip_port(LOCAL, REMOTE, backend("10.100.4.2", "node4"))), attributes=zones)
+    vips, hops = {1: vip_stats(external=(1,))}, {2: hop_stats(external=2), 3: hop_stats(external=3)}
+    unknown = {semconv.ORIGIN: "external"}
+    assert beyond(made.build(vips, hops)["lb_hop.connections"])[0] == ({"lb_hop.outcome": "dropped"} | unknown, 1)
+    before = [point[1].identity for point in next(iter(made.builder.build(vips, hops, EMPTY_REPORT))).points]
+    made.topology.update_nodes(Source.API, {NODE: Node(NODE, "zone-a")}, NOW)
+    hops = {hop_id: hop_stats(external=hop_id) for hop_id in made.topology.hops.by_id if hop_id > 1}
+    told = beyond(made.build(vips, hops)["lb_hop.connections"])
+    assert {each["cloud.availability_zone"] for each, _ in told} == {"zone-a"}
+    assert [
+        (each["destination.k8s.node.name"], each.get("destination.cloud.availability_zone"), value)
+        for each, value in told
+        if each["lb_hop.outcome"] == "forwarded"
+    ] == [
+        ("node1", None, 2),
+        ("node2", "zone-b", 3),
+        ("node4", None, 4),
+        ("node1", "zone-a", 5),
+        ("node2", "zone-b", 6),
+    ]
+    after = [point[1].identity for point in next(iter(made.builder.build(vips, hops, EMPTY_REPORT))).points]
+    assert before[:4] == after[:4]
+
+
+def test_without_the_nodes_of_backends() -> None:
+    """What is alike but for the node is one series, as old as the VIP port's; one node's end does not let it fall."""
+    kernel = Kernel()
+    attributes = MetricAttributes(destination_node=False)
+    fourth = backend("10.100.4.2", "node4", "zone-b")
+    full = cluster(vip_port(LOCAL, REMOTE, SECOND_REMOTE, fourth), node1="zone-a")
+    made = Exporter(full, kernel, attributes=attributes)
+    for row, (internal, external) in {2: (0, 1), 3: (0, 10), 4: (5, 20), 5: (0, 40)}.items():
+        kernel.count_in_hop(row, internal, external)
+    far, near = {"lb_hop.zone.crossed": True}, {"lb_hop.zone.crossed": False}
+    expected = [
+        ({"lb_hop.hop": "none", "lb_hop.origin": "external"} | near, 1),
+        ({"lb_hop.hop": "avoidable", "lb_hop.origin": "external"} | far, 50),
+        ({"lb_hop.hop": "avoidable", "lb_hop.origin": "internal"} | near, 5),
+        ({"lb_hop.hop": "avoidable", "lb_hop.origin": "external"} | near, 20),
+    ]
+    bag = {frozenset((each | {"lb_hop.outcome": "forwarded"}).items()): value for each, value in expected}
+
+    def told(metric: Metric) -> dict[frozenset[tuple[str, Any]], Any]:
+        return {frozenset(each.items()): value for each, value in happened(metric)}
+
+    assert told(made.export()["lb_hop.connections"]) == bag
+    made.go_over_to(cluster(vip_port(LOCAL, SECOND_REMOTE), node1="zone-a"), NOW)
+    metric = made.export()["lb_hop.connections"]
+    assert told(metric) == bag
+    assert {start for _, start, _ in points(metric)} == {START}
+    kernel.begin_anew()
+    kernel.adopt(NOW)
+    made = Exporter(full, kernel, attributes=attributes)
+    assert told(made.export()["lb_hop.connections"]) == bag
+
+
 def test_zeros_of_policy_local_and_of_datagrams() -> None:
     """Without a local endpoint only policy Local does not forward; what has no handshake has none that fails."""
     made = Exporter(cluster(vip_port(REMOTE, policy=Policy.LOCAL), vip_port(LOCAL, port=53, transport=Transport.UDP)))
@@ -371,6 +456,9 @@ def test_kinds_units_and_temporality(web: Exporter) -> None:
         "lb_hop.map.usage": ("gauge", "{entry}"),
         "lb_hop.map.limit": ("gauge", "{entry}"),
         "lb_hop.cluster.nodes": ("gauge", "{node}"),
+        "lb_hop.metric.series": ("gauge", "{series}"),
+        "lb_hop.metric.series.limit": ("gauge", "{series}"),
+        "lb_hop.metric.series.summed": ("gauge", "{series}"),
         "lb_hop.part.healthy": ("gauge", "{part}"),
         "process.cpu.time": ("sum", "s"),
         "process.memory.usage": ("sum", "By"),
@@ -526,6 +614,9 @@ def test_self_metrics() -> None:
     assert told == {
         "lb_hop.events.dropped": dropped,
         "lb_hop.vip.ports": {"": 2},
+        "lb_hop.metric.series": {"": 0},
+        "lb_hop.metric.series.limit": {"": 20_000},
+        "lb_hop.metric.series.summed": {"": 0},
         "lb_hop.topology.age": {"": 1.5},
         "lb_hop.map.usage": {"vip_ports": 2, "backends": 5},
         "lb_hop.map.limit": {"vip_ports": 16_384, "backends": 262_144},
@@ -668,7 +759,7 @@ def test_points(web: Exporter) -> None:
 def test_chunks_of_a_large_cluster() -> None:
     """No chunk is over 512 KiB, each is whole, knows its points and its bytes; together they tell every point once."""
     vips = (vip_port(LOCAL, REMOTE, address=f"10.1.{number // 250}.{number % 250}") for number in range(2_000))
-    large = Exporter(cluster(*vips))
+    large = Exporter(cluster(*vips), series=100_000)
     used = {number: vip_stats(external=(number,)) for number in large.topology.vips.by_id}
     hops = {number: hop_stats(forward=histogram(1, b0=number)) for number in large.topology.hops.by_id}
     chunks = large.chunks(used, hops)
@@ -726,16 +817,20 @@ REPORT = SelfReport(
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.tuples(st.sampled_from([1, 299, 301]), CLUSTERS), min_size=1, max_size=5), st.randoms())
-def test_any_history(steps: list[tuple[int, Cluster]], random: Random) -> None:
+@given(
+    st.lists(st.tuples(st.sampled_from([1, 299, 301]), CLUSTERS), min_size=1, max_size=5),
+    st.builds(MetricAttributes, st.booleans(), st.booleans(), st.booleans()),
+    st.randoms(),
+)
+def test_any_history(steps: list[tuple[int, Cluster]], told_attributes: MetricAttributes, random: Random) -> None:
     """In any history of topologies and counters names are ours, no two points are one series, none ever falls.
 
     And the bytes say what the SDK's encoder makes of the same points in the SDK's classes.
     """
-    kernel, now = Kernel(), START
+    kernel, now = kernel_for(told_attributes), START
     for each in (*kernel.maps.values(), kernel.names):
         each.limit = 1_000
-    exporter = Exporter(cluster(), kernel)
+    exporter = Exporter(cluster(), kernel, attributes=told_attributes)
     last: dict[tuple[str, frozenset[tuple[str, Any]]], tuple[int, list[float]]] = {}
     for seconds, state in steps:
         now += seconds * SECOND
@@ -765,7 +860,10 @@ def test_any_history(steps: list[tuple[int, Cluster]], random: Random) -> None:
             assert start > before_start or all(a >= b for a, b in zip(values, before, strict=True))
         last = told
         rows = exporter.topology.hops.by_id
-        forwarded = sum(sum(stats.forwarded) for number, stats in hops.items() if not rows[number].is_remainder)
+        # Whatever is told by node ends with the node.
+        by_node = told_attributes.destination_node
+        told_rows = (stats for number, stats in hops.items() if not (by_node and rows[number].is_remainder))
+        forwarded = sum(sum(stats.forwarded) for stats in told_rows)
         lost = sum(sum(map(sum, stats.unforwarded)) for stats in vips.values())
         connections = points(metrics["lb_hop.connections"]) if "lb_hop.connections" in metrics else []
         assert sum(value for _, _, value in connections) == forwarded + lost

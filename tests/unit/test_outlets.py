@@ -21,7 +21,7 @@ from otel_lb_hop.core.topology import Topology
 from otel_lb_hop.errors import ConfigError
 from otel_lb_hop.export.delivery import Reply
 from otel_lb_hop.export.log_lines import LogLine
-from otel_lb_hop.export.metrics import Kind, MetricsBuilder, SelfReport, Usage
+from otel_lb_hop.export.metrics import MetricsBuilder, SelfReport, Usage
 from otel_lb_hop.export.outlets import (
     LinesOutlet,
     MetricsOutlet,
@@ -30,6 +30,7 @@ from otel_lb_hop.export.outlets import (
     make_record_outlets,
     make_sinks,
 )
+from otel_lb_hop.export.points import Kind
 from otel_lb_hop.export.record_content import Sampling
 from tests.unit.samples import LOCAL, NODE, REMOTE, cluster, hop_stats, record, vip_port, vip_stats
 

@@ -33,7 +33,7 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from otel_lb_hop.errors import ConfigError, Problem
 from otel_lb_hop.export.backlog import Books
 from otel_lb_hop.export.delivery import Chunk, Reply, Sink
-from otel_lb_hop.export.metrics import Kind
+from otel_lb_hop.export.points import Kind
 from otel_lb_hop.export.sdk import delta_kinds, make_sdk_sink
 from otel_lb_hop.export.shipper import Shipper
 

@@ -1,4 +1,4 @@
-"""The pinned map of what was delivered as deltas (core/pinned.py), so that the next agent goes on from there."""
+"""Pinned maps of what exports have told (core/pinned.py), so that the next agent goes on from there."""
 
 from __future__ import annotations
 
@@ -11,26 +11,29 @@ from otel_lb_hop.kernel import bpf
 if TYPE_CHECKING:
     from otel_lb_hop.kernel.pins import Pins
 
-NAME = "delivered"
+DELIVERED, SUMMED = "delivered", "summed"
+"""What was delivered as deltas; which series are summed, there being no room for them."""
 SHAPE = bpf.MapShape(bpf.HASH, DELIVERED_KEY_BYTES, DELIVERED_BYTES, 65_536)
 """Entries take memory when they come, some 250 bytes each."""
 
 
-def open_delivered(pins: Pins | None) -> bpf.Map | None:
-    """Open the map of the counters that are pinned, or make it; None if nothing outlives the agent.
+def open_told(pins: Pins | None, name: str, *, make: bool) -> bpf.Map | None:
+    """Open a map beside the pinned counters, or make it; None if it is not there or nothing outlives the agent.
 
     Each caller gets a map of its own, for one thread.
     """
     if pins is None:
         return None
     try:
-        fd = pins.open_map(NAME)
+        fd = pins.open_map(name)
     except FileNotFoundError:
         pass
     else:
         if bpf.map_shape(fd) == SHAPE:
             return bpf.Map(fd, SHAPE.key_size, SHAPE.value_size)
         os.close(fd)
-    made = bpf.create_map(SHAPE, NAME)
-    pins.pin_map(NAME, made.fd)
+    if not make:
+        return None
+    made = bpf.create_map(SHAPE, name)
+    pins.pin_map(name, made.fd)
     return made
