@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from deploy.grafana import parts
 from deploy.grafana.parts import About, Query
-from deploy.grafana.promql import increase, rate, select, share, total
+from deploy.grafana.promql import AGENTS, CLUSTER, NODES, choices, increase, rate, rate_of, select, share, total
 
 if TYPE_CHECKING:
     from grafana_foundation_sdk.models.dashboard import Dashboard
@@ -29,7 +29,7 @@ def build() -> Dashboard:
         "The agents and the Collector: who reports, what is healthy, where records are lost, what it costs.",
         [
             parts.choice(
-                "node", "Node", "label_values(lb_hop_vip_ports, k8s_node_name)", "Nodes with an agent", several=True
+                "node", "Node", choices("lb_hop_vip_ports", "k8s_node_name"), "Nodes with an agent", several=True
             )
         ],
         {
@@ -46,7 +46,7 @@ def build() -> Dashboard:
                         "What the agents say of themselves, the newest first.",
                         "The agents have said nothing in this time, or no log records arrive in Loki",
                     ),
-                    f'{parts.OWN_LOG} | k8s_node_name=~"$node"',
+                    f'{parts.OWN_LOG} | {CLUSTER} | k8s_node_name=~"$node"',
                 ),
             ],
         },
@@ -72,7 +72,7 @@ def _in_short() -> list[parts.AnyPanel]:
                 "The agents are told no nodes (they run without the Kubernetes API)",
             ),
             "short",
-            "max(lb_hop_cluster_nodes) - count(count by (k8s_node_name) (lb_hop_vip_ports))",
+            f"{NODES} - {AGENTS}",
             alarm=(1, 1),
         ),
         parts.stat_panel(
@@ -154,8 +154,8 @@ def _state() -> list[parts.AnyPanel]:
                 "No agent reports",
             ),
             "short",
-            Query("count(count by (k8s_node_name) (lb_hop_vip_ports))", "agents"),
-            Query("max(lb_hop_cluster_nodes)", "nodes"),
+            Query(AGENTS, "agents"),
+            Query(NODES, "nodes"),
         ),
         parts.graph(
             About(
@@ -338,7 +338,7 @@ def _cost() -> list[parts.AnyPanel]:
 
 def _collectors(counter: str) -> str:
     """Name a counter of the Collector with and without the suffix: that depends on its version and its reader."""
-    return f"{rate(f'otelcol_{counter}')} or {rate(f'otelcol_{counter}_total')}"
+    return f"{rate_of(f'otelcol_{counter}')} or {rate_of(f'otelcol_{counter}_total')}"
 
 
 def _collector() -> list[parts.AnyPanel]:

@@ -9,6 +9,7 @@ from grafana_foundation_sdk.models.common import StackingMode
 from deploy.grafana import parts
 from deploy.grafana.parts import About, Query
 from deploy.grafana.promql import (
+    CLUSTER,
     CONNECTIONS,
     EXTERNAL,
     FAILURES,
@@ -21,6 +22,7 @@ from deploy.grafana.promql import (
     UNSEEN,
     VIP,
     avoidable_share,
+    choices,
     crossed_share,
     hop_share,
     lost_by_reason,
@@ -60,7 +62,7 @@ def build() -> Dashboard:
         parts.NODE,
         "One node: which Services' connections it takes in, to which nodes it sends them, what it loses.",
         [
-            parts.choice("node", "Node", "label_values(lb_hop_vip_ports, k8s_node_name)", "The node"),
+            parts.choice("node", "Node", choices("lb_hop_vip_ports", "k8s_node_name"), "The node"),
             parts.entry("slow", "Slow from", "10ms", "Spans longer than this are listed, as 500us, 10ms or 1s"),
         ],
         {
@@ -295,7 +297,7 @@ def _single() -> list[parts.AnyPanel]:
                 "Those that this node took in and lost: client, VIP, backend if one was picked, and why.",
                 "Nothing is lost, or no log records arrive in Loki",
             ),
-            f'{parts.RECORDS} | error_type!="" | k8s_node_name="$node"',
+            f'{parts.RECORDS} | {CLUSTER} | error_type!="" | k8s_node_name="$node"',
         ),
         parts.traces(
             About(

@@ -9,6 +9,7 @@ from grafana_foundation_sdk.models.common import StackingMode
 from deploy.grafana import parts
 from deploy.grafana.parts import About, Query
 from deploy.grafana.promql import (
+    AGENTS,
     AVOIDABLE,
     CONNECTIONS,
     CROSSED,
@@ -17,11 +18,13 @@ from deploy.grafana.promql import (
     FAILURES,
     FORWARDED,
     NODE,
+    NODES,
     SERVICE,
     UNFORWARDED,
     VIP,
     ZONES_KNOWN,
     avoidable_share,
+    choices,
     crossed_share,
     hop_share,
     lost_by_reason,
@@ -45,7 +48,7 @@ _CELLS = {
     "k8s_service_name": parts.service_link(parts.cell("k8s_namespace_name"), parts.cell("k8s_service_name")),
     "k8s_node_name": parts.node_link(parts.cell("k8s_node_name")),
 }
-_LOST = parts.lost_of("${namespace:regex}", "${service:regex}")
+_LOST = parts.lost_of("${cluster:regex}", "${namespace:regex}", "${service:regex}")
 _OUTCOME = parts.field("lb_hop_outcome")
 _ERROR = parts.field("error_type")
 _NO_CONNECTIONS = "No connection came in at these Services' VIPs in this time"
@@ -61,14 +64,14 @@ def build() -> Dashboard:
             parts.choice(
                 "namespace",
                 "Namespace",
-                f"label_values({ENDPOINTS}, k8s_namespace_name)",
+                choices(ENDPOINTS, "k8s_namespace_name"),
                 "Namespaces of Services with a VIP",
                 several=True,
             ),
             parts.choice(
                 "service",
                 "Service",
-                f'label_values({ENDPOINTS}{{k8s_namespace_name=~"$namespace"}}, k8s_service_name)',
+                choices(ENDPOINTS, "k8s_service_name", CHOSEN[0]),
                 "Services with a VIP",
                 several=True,
             ),
@@ -137,7 +140,7 @@ def build() -> Dashboard:
                         "The agents are told no nodes (they run without the Kubernetes API)",
                     ),
                     "short",
-                    "max(lb_hop_cluster_nodes) - count(count by (k8s_node_name) (lb_hop_vip_ports))",
+                    f"{NODES} - {AGENTS}",
                     alarm=(1, 1),
                 ),
             ],
@@ -310,7 +313,7 @@ def build() -> Dashboard:
                         " was lost. Its trace id leads to the span.",
                         "Nothing is lost, or no log records arrive in Loki",
                     ),
-                    parts.lost_of("$namespace", "$service"),
+                    parts.lost_of("$cluster", "$namespace", "$service"),
                 ),
             ],
         },

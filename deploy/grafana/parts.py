@@ -142,10 +142,10 @@ def explore_logs(title: str, expr: str) -> dashboard.DashboardLink:
     return _explore(title, LOKI, {"expr": expr, "queryType": "range"})
 
 
-def lost_of(namespace: str, service: str) -> str:
+def lost_of(cluster: str, namespace: str, service: str) -> str:
     """Select the log records of a Service's connections that were lost; by regular expressions."""
     return (
-        f'{RECORDS} | error_type!="" | k8s_service_name=~"{service}"'
+        f'{RECORDS} | k8s_cluster_name=~"{cluster}" | error_type!="" | k8s_service_name=~"{service}"'
         f' | label_format k8s_service_namespace="{SERVICE_NAMESPACE}" | k8s_service_namespace=~"{namespace}"'
     )
 
@@ -157,6 +157,13 @@ def make(
     rows: Mapping[str, Sequence[AnyPanel]],
 ) -> models.Dashboard:
     """Join rows of panels to a dashboard. Ids of panels are their places."""
+    cluster = choice(
+        "cluster",
+        "Cluster",
+        "label_values(lb_hop_vip_ports, k8s_cluster_name)",
+        "Clusters by the agents' k8s.cluster.name; where it is not set, all is all there is",
+        several=True,
+    )
     builder = (
         dashboard.Dashboard(TITLES[uid])
         .uid(uid)
@@ -167,7 +174,7 @@ def make(
         .time("now-1h", "now")
         .timezone("browser")
         .tooltip(models.DashboardCursorSync.CROSSHAIR)
-        .variables([*_data_sources(), *variables])
+        .variables([*_data_sources(), cluster, *variables])
         .links([_dashboard_link(other) for other in TITLES if other != uid])
     )
     for title, panels in rows.items():
@@ -328,7 +335,7 @@ def spread(about: About, expr: str, w: int = 12) -> heatmap.Panel:
         .calculate(calculate=False)
         .scale_distribution(common.ScaleDistributionConfig().type(ScaleDistribution.LINEAR))
         .color(heatmap.HeatmapColorOptions().mode(HeatmapColorMode.SCHEME).scheme("Oranges").steps(64))
-        .y_axis(heatmap.YAxisConfig().reverse(reverse=False))
+        .y_axis(heatmap.YAxisConfig().unit("s").reverse(reverse=False))
         .cell_values(heatmap.CellValues().unit("si:conn/s"))
         .with_target(
             _query(expr, "A").range().format(PromQueryFormat.HEATMAP).legend_format("{{le}}").interval(MIN_STEP)
@@ -428,7 +435,16 @@ def _data_sources() -> list[Builder[models.VariableModel]]:
     ]
 
 
-_CARRIED = "${prometheus:queryparam}&${loki:queryparam}&${tempo:queryparam}&${__url_time_range}"
+_CARRIED = "&".join(
+    f"${{{name}}}"
+    for name in (
+        "prometheus:queryparam",
+        "loki:queryparam",
+        "tempo:queryparam",
+        "cluster:queryparam",
+        "__url_time_range",
+    )
+)
 
 
 def _dashboard_link(uid: str) -> dashboard.DashboardLink:

@@ -10,6 +10,8 @@ ENDPOINTS = "lb_hop_endpoints"
 FORWARD = "lb_hop_forward_duration_seconds_bucket"
 HANDSHAKE = "lb_hop_handshake_duration_seconds_bucket"
 
+CLUSTER = 'k8s_cluster_name=~"$cluster"'
+"""The Collector's configurations add this label where agents have a k8s.cluster.name; all is also what has none."""
 EXTERNAL = 'lb_hop_origin="external"'
 FORWARDED = 'lb_hop_outcome="forwarded"'
 UNFORWARDED = 'lb_hop_outcome!="forwarded"'
@@ -24,13 +26,23 @@ VIP = f"{SERVICE}, server_address"
 
 
 def select(metric: str, *matchers: str) -> str:
-    """Select the series of a metric."""
-    return f"{metric}{{{', '.join(matchers)}}}" if matchers else metric
+    """Select the series of a metric, of the agents in the clusters that were chosen."""
+    return f"{metric}{{{', '.join((CLUSTER, *matchers))}}}"
+
+
+def choices(metric: str, label: str, *matchers: str) -> str:
+    """List the values of a label, for a variable."""
+    return f"label_values({select(metric, *matchers)}, {label})"
 
 
 def rate(metric: str, *matchers: str) -> str:
     """Tell a counter's growth per second around each point of a graph."""
-    return f"rate({select(metric, *matchers)}[$__rate_interval])"
+    return rate_of(select(metric, *matchers))
+
+
+def rate_of(selected: str) -> str:
+    """Tell the growth per second of a counter that is not the agents'."""
+    return f"rate({selected}[$__rate_interval])"
 
 
 def increase(metric: str, *matchers: str) -> str:
@@ -51,6 +63,10 @@ def or_zero(expression: str) -> str:
 def share(part: str, whole: str) -> str:
     """Divide; nothing, not NaN, where the whole is 0."""
     return f"{part} / ({whole} > 0)"
+
+
+AGENTS = f"count(count by (k8s_cluster_name, k8s_node_name) ({select('lb_hop_vip_ports')}))"
+NODES = f"sum(max by (k8s_cluster_name) ({select('lb_hop_cluster_nodes')}))"
 
 
 def quantile(fraction: float, buckets: str, by: str, *matchers: str) -> str:

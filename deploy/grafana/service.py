@@ -9,6 +9,7 @@ from grafana_foundation_sdk.models.common import StackingMode
 from deploy.grafana import parts
 from deploy.grafana.parts import About, Query
 from deploy.grafana.promql import (
+    CLUSTER,
     CONNECTIONS,
     ENDPOINTS,
     EXTERNAL,
@@ -22,6 +23,7 @@ from deploy.grafana.promql import (
     UNFORWARDED,
     UNSEEN,
     avoidable_share,
+    choices,
     crossed_share,
     hop_share,
     lost_share,
@@ -44,7 +46,7 @@ _TAKEN = f"{taken_in(VIP_PORT, *CHOSEN)} > 0"
 DARK = f"{_TAKEN} and {total(select(ENDPOINTS, *CHOSEN, HERE), VIP_PORT)} == 0"
 """What came in on nodes without an endpoint, by VIP port."""
 OF_SERVICE = (
-    f'{parts.RECORDS} | k8s_service_name="$service"'
+    f'{parts.RECORDS} | {CLUSTER} | k8s_service_name="$service"'
     f' | label_format k8s_service_namespace="{parts.SERVICE_NAMESPACE}" | k8s_service_namespace="$namespace"'
 )
 SOURCE = "{{ if contains `:` .source_address }}[{{ .source_address }}]{{ else }}{{ .source_address }}{{ end }}"
@@ -71,20 +73,19 @@ def build() -> Dashboard:
             parts.choice(
                 "namespace",
                 "Namespace",
-                f"label_values({ENDPOINTS}, k8s_namespace_name)",
+                choices(ENDPOINTS, "k8s_namespace_name"),
                 "Namespace of the Service",
             ),
             parts.choice(
                 "service",
                 "Service",
-                f'label_values({ENDPOINTS}{{k8s_namespace_name="$namespace"}}, k8s_service_name)',
+                choices(ENDPOINTS, "k8s_service_name", *CHOSEN[:1]),
                 "The Service",
             ),
             parts.choice(
                 "vip",
                 "VIP",
-                f'label_values({ENDPOINTS}{{k8s_namespace_name="$namespace", k8s_service_name="$service"}},'
-                " server_address)",
+                choices(ENDPOINTS, "server_address", *CHOSEN[:2]),
                 "Addresses of the Service; a dual-stack one has two",
                 several=True,
             ),
@@ -307,7 +308,7 @@ def _times() -> list[parts.AnyPanel]:
 
 def _loss() -> list[parts.AnyPanel]:
     nothing = "Nothing is lost: no such connection in this time"
-    records = [parts.explore_logs("Log records", parts.lost_of("${namespace}", "${service}"))]
+    records = [parts.explore_logs("Log records", parts.lost_of("${cluster:regex}", "${namespace}", "${service}"))]
     return [
         parts.graph(
             About(
@@ -412,7 +413,7 @@ def _single() -> list[parts.AnyPanel]:
                 " trace id leads to the span.",
                 "Nothing is lost, or no log records arrive in Loki",
             ),
-            parts.lost_of("$namespace", "$service"),
+            parts.lost_of("$cluster", "$namespace", "$service"),
         ),
         parts.log_lines(
             About(

@@ -21,7 +21,7 @@ from otel_lb_hop.core.layout import BOUNDS_NS
 from tests.backends import grafana
 from tests.backends.grafana import All
 from tests.backends.prometheus import Prometheus
-from tests.backends.scene import ALL, SERVICES, Fate, Scene, needs_scene
+from tests.backends.scene import ALL, CLUSTER_NAME, SERVICES, Fate, Scene, needs_scene
 from tests.lab.waiting import wait_for
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ pytestmark = needs_scene
 TOLERANCE = 0.1
 """rate() and increase() stretch what they saw to the window's ends: see `Scene`; this is for a slow machine."""
 EVERYTHING = All(".*")
+LAB: dict[str, list[str]] = {"cluster": [CLUSTER_NAME]}
 BEYOND_SECONDS = 0.5
 """Longer than any handshake that is answered at once, shorter than one whose first SYN is lost."""
 
@@ -488,27 +489,35 @@ def choices(scene: Scene, dashboard: str) -> Iterator[Choice]:
 
     def choice(values: Values, which: Callable[[Fate], bool]) -> Choice:
         fates = [fate for fate in scene.truth.fates if which(fate)]
-        return Choice(scene, scene.prometheus, scene.at, scene.window, values, fates)
+        return Choice(scene, scene.prometheus, scene.at, scene.window, {"cluster": EVERYTHING} | values, fates)
 
     if dashboard == "overview":
         yield choice({"namespace": EVERYTHING, "service": EVERYTHING}, everything)
         two = ["dns", "web"]
-        yield choice({"namespace": ["default"], "service": [*two]}, lambda fate: fate.service.split("/")[1] in two)
+        yield choice(
+            {**LAB, "namespace": ["default"], "service": [*two]}, lambda fate: fate.service.split("/")[1] in two
+        )
         yield choice({"namespace": ["elsewhere"], "service": EVERYTHING}, nobody)
     elif dashboard == "service":
         for service in SERVICES:
             chosen: Values = {"namespace": "default", "service": service.name, "slow": f"{BEYOND_SECONDS}s"}
             yield choice(chosen | {"vip": EVERYTHING}, of("service", f"default/{service.name}"))
         one = next(iter(SERVICES[0].vips))
-        chosen = {"namespace": "default", "service": SERVICES[0].name, "vip": [one], "slow": f"{BEYOND_SECONDS}s"}
+        chosen = {
+            **LAB,
+            "namespace": "default",
+            "service": SERVICES[0].name,
+            "vip": [one],
+            "slow": f"{BEYOND_SECONDS}s",
+        }
         yield choice(chosen, of("vip", one))
         yield choice({**chosen, "namespace": "elsewhere", "vip": EVERYTHING}, nobody)
     elif dashboard == "node":
         for node in ALL:
-            yield choice({"node": node, "slow": f"{BEYOND_SECONDS}s"}, of("node", node))
+            yield choice({**LAB, "node": node, "slow": f"{BEYOND_SECONDS}s"}, of("node", node))
     else:
         yield choice({"node": EVERYTHING}, everything)
-        yield choice({"node": ["node3"]}, of("node", "node3"))
+        yield choice({**LAB, "node": ["node3"]}, of("node", "node3"))
 
 
 def answer(samples: list[Sample], labels: tuple[str, ...]) -> Numbers:
@@ -666,7 +675,7 @@ def test_the_agents_own_log(scene: Scene) -> None:
     text = TARGETS["agents/The agents' own log/A"].text
     choice = next(choices(scene, "agents"))
     for nodes, expected in ((EVERYTHING, {*ALL}), (["node1", "node3"], {"node1", "node3"})):
-        asking = choice._replace(values={"node": nodes})
+        asking = choice._replace(values={**LAB, "node": nodes})
         lines = scene.loki.lines(asking.fill(text), scene.started - 600, scene.at)
         assert {line.fields["k8s_node_name"] for line in lines} == expected
 
@@ -798,6 +807,7 @@ def services(choice: Choice) -> set[str]:
 
 
 VARIABLES: dict[str, Callable[[Choice], set[str]]] = {
+    **{f"{dashboard}/cluster": lambda _: {CLUSTER_NAME} for dashboard in ("overview", "service", "node", "agents")},
     "overview/namespace": lambda _: {"default"},
     "overview/service": services,
     "service/namespace": lambda _: {"default"},

@@ -40,7 +40,9 @@ class Trouble(NamedTuple):
     def ask(self, key: str) -> dict[tuple[str, ...], float]:
         """Ask a panel's query; answers values by the values of their labels, in the order of the labels' names."""
         span = f"{round(self.window * 1000)}ms"
-        text = grafana.fill(TARGETS[key].text, {"node": All(".*"), "__rate_interval": span, "__range": span})
+        text = grafana.fill(
+            TARGETS[key].text, {"cluster": All(".*"), "node": All(".*"), "__rate_interval": span, "__range": span}
+        )
         samples = self.prometheus.query(text, self.at)
         return {tuple(value for _, value in sorted(labels.items())): number for labels, number in samples}
 

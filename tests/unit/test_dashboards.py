@@ -74,7 +74,7 @@ ATTRIBUTES = {
     for name, value in vars(semconv).items()
     if re.match(r"(?!METRIC|EVENT|SPAN|SCOPE|SERVICE_NAME|SCHEMA)[A-Z]", name)
 }
-LABELS = {name.replace(".", "_") for name in ATTRIBUTES} | {"le", "job", "instance"}
+LABELS = {name.replace(".", "_") for name in ATTRIBUTES} | {"le", "job", "instance", "k8s_cluster_name"}
 
 
 def test_the_files_are_what_their_source_makes() -> None:
@@ -189,6 +189,7 @@ CHOSEN = {
     "otel-lb-hop-node": {'k8s_node_name="$node"'},
     "otel-lb-hop-agents": {'k8s_node_name=~"$node"'},
 }
+CLUSTER = 'k8s_cluster_name=~"$cluster"'
 OF_ALL = {
     "Nodes without an agent": {"lb_hop_cluster_nodes", "lb_hop_vip_ports"},
     "Agents and nodes": {"lb_hop_cluster_nodes", "lb_hop_vip_ports"},
@@ -197,6 +198,8 @@ OF_ALL = {
     "CPU of the agents": {"lb_hop_vip_ports"},
     "Memory of the agents": {"lb_hop_vip_ports"},
 }
+MARKED = {"CPU of the agents", "Memory of the agents"}
+"""Panels that take a metric as a mark only."""
 """Panels that mean more than what was chosen, and the metrics that they take of all: as a whole, or as a mark."""
 
 
@@ -207,6 +210,7 @@ def test_a_query_keeps_to_what_was_chosen(dashboard: Json) -> None:
         text = re.sub(r'"(?:\\.|[^"])*"', lambda quoted: quoted[0] if "$" in quoted[0] else '""', target.text)
         of_all = set()
         for metric, matchers in re.findall(r"\b(lb_hop_\w+|process_\w+)(?:\{(.*?)\})?(?=[\[ )]|$)", text):
+            assert metric not in METRICS or CLUSTER in matchers or target.panel in MARKED, target.key
             if metric in METRICS and not CHOSEN[target.dashboard] <= {*matchers.split(", ")}:
                 of_all.add(metric)
         if target.source == "prometheus":
@@ -276,6 +280,7 @@ def test_links_lead_to_dashboards_that_are_there_and_take_along_what_was_chosen(
                 "${prometheus:queryparam}",
                 "${loki:queryparam}",
                 "${tempo:queryparam}",
+                "${cluster:queryparam}",
                 "${__url_time_range}",
             ):
                 assert kept in link["url"]
