@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from otel_lb_hop.core.layout import Place
     from otel_lb_hop.errors import Problem
     from otel_lb_hop.export.outlets import Outlet, Sinks
+    from otel_lb_hop.kernel.bpf import Map
     from otel_lb_hop.kernel.loader import Loading
     from otel_lb_hop.kernel.tables import Snapshot
     from otel_lb_hop.ops.logs import LineKeeper
@@ -265,7 +266,6 @@ class Agent:
         self._identity = self._identify()
         resource = make_resource(self._identity)
         since_ns = self._loaded.state.created_ns
-        pins = self._loaded.pins
         self._metrics_builder = MetricsBuilder(
             self._topology,
             config.node_name,
@@ -273,15 +273,23 @@ class Agent:
             since_ns,
             attributes=config.metric_attributes,
             series=config.metric_series,
-            open_memory=lambda make: open_told(pins, SUMMED, make=make),
+            open_memory=lambda make: self._told_before(SUMMED, make=make),
         )
-        self._metrics = make_metrics_outlets(sinks, config, resource, lambda: open_told(pins, DELIVERED, make=True))
+        self._metrics = make_metrics_outlets(sinks, config, resource, lambda: self._told_before(DELIVERED, make=True))
         sampling = {
             "logs": Sampling.make(self._record_ratio),
             "traces": Sampling.make(self._record_ratio, config.span_ratio),
         }
         self._records = make_record_outlets(sinks, resource, config.node_name, sampling, config.queue_bytes)
         self._own_log = [LinesOutlet(sinks.lines, resource)] if sinks.lines else []
+
+    def _told_before(self, name: str, *, make: bool) -> Map | None:
+        """Open what agents before this one noted of their exports, or go on without."""
+        try:
+            return open_told(self._loaded.pins, name, make=make)
+        except OSError as error:
+            log.warning("what was told before cannot be noted for the next agent: %s: %s", name, error)
+            return None
 
     def _identify(self) -> Identity:
         config, node = self._config, self._topology.own_node

@@ -26,6 +26,7 @@ settings.load_profile("untimed")
 PEER_OF = {
     "collector": "otelcol",
     "kubernetes": "kubernetes",
+    "kustomize": "kustomize",
     "loki": "loki",
     "prometheus": "prometheus",
     "tempo": "tempo",

@@ -5,7 +5,9 @@ has answered. So a delta is made when it is sent, against what was delivered by 
 again, in a longer interval, with what came since. A series is told when it is new and when it has counted; the interval
 of a point begins where that of the point before it ended.
 
-Only a request that was taken and whose answer was lost is told twice, as records are.
+Told twice is only what a request had that was taken and whose answer was lost, or after which the agent was killed
+before it had noted that; as with records, twice rather than never. Lost is only what the other side says that it
+rejected, and what it refused until the row that had counted it was forgotten; both are in the ledger.
 """
 
 from __future__ import annotations

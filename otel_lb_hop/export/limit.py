@@ -63,6 +63,7 @@ class Limit:
         self._summed_labels = Labels(dict, {semconv.METRIC_OVERFLOW: True})
         self._open_memory = open_memory
         self._memory = open_memory(False)  # noqa: FBT003 - not to make it
+        self._tried = False
         self._own: dict[str, set[_Key]] = {}
         self._summed: dict[str, dict[_Key, _Value]] = {}
         self._gone: dict[str, _Value] = {}
@@ -161,7 +162,8 @@ class Limit:
             return True
         if not full:
             return False
-        if self._memory is None:
+        if self._memory is None and not self._tried:
+            self._tried = True
             self._memory = self._open_memory(True)  # noqa: FBT003 - to make it
             if self._memory is not None:
                 self._note_setting(self._memory)

@@ -64,7 +64,7 @@ STORED_SECONDS = 90.0
 """A verdict comes 5 to 7 s after the first SYN; the rest is for a slow machine."""
 
 SERVED, NOT_SERVED, FIREWALLED, SLOW, RESOLVER = 8080, 8081, 8082, 8083, 8053
-ONE_RETRY_SECONDS, NO_RETRY_SECONDS = 1.5, 0.5
+ONE_RETRY_SECONDS, NO_RETRY_SECONDS = 1.5, 0.3
 """A client sends its SYN again after 1 s, then after 2 s or 3 s."""
 _DROP_FIRST_SYN = f"""table inet slow {{
   set seen {{ type ipv4_addr . inet_service; flags dynamic, timeout; timeout 1m; size 65535; }}

@@ -36,12 +36,10 @@ LABELS = {
     "service_name",
     "service_instance_id",
     "k8s_cluster_name",
-    "k8s_namespace_name",
-    "k8s_pod_name",
     "cloud_availability_zone",
     "cloud_region",
 }
-"""Loki's own choice among the resource's attributes: all of them of the agent, none of a connection."""
+"""Loki's own choice among what the Collector leaves of the resource: all of the agent, none of a connection."""
 ZONE_OF = {"node1": "zone-a", "node2": "zone-a", "node3": "zone-b"}
 
 
@@ -148,11 +146,8 @@ def test_a_log_record_in_loki(scene: Scene, where: dict[str, str]) -> None:
     line = record_of(scene, fate)
     assert line.labels.keys() == LABELS
     assert line.labels["service_name"] == "otel-lb-hop"
-    assert line.labels["k8s_pod_name"] == f"otel-lb-hop-{fate.node}"
     assert line.labels["cloud_availability_zone"] == ZONE_OF[fate.node]
     expected = {name.replace(".", "_"): _text(value) for name, value in attributes(fate).items()}
-    # The label of that name is of the agent.
-    expected["k8s_namespace_name_extracted"] = expected.pop("k8s_namespace_name")
     assert {name: line.metadata.get(name) for name in expected} == expected
     assert {name.replace(".", "_") for name in measured(fate)} <= line.metadata.keys()
     severity = ("WARN", "13", "warn") if failed(fate) else ("INFO", "9", "info")
@@ -166,7 +161,7 @@ def test_a_log_record_in_loki(scene: Scene, where: dict[str, str]) -> None:
 def test_streams_do_not_grow_with_traffic(scene: Scene) -> None:
     """A stream for each agent, whatever is written to it."""
     streams = scene.loki.streams('{service_name="otel-lb-hop"}', scene.started, scene.at)
-    assert sorted(stream["k8s_pod_name"] for stream in streams) == [f"otel-lb-hop-node{number}" for number in (1, 2, 3)]
+    assert len({stream["service_instance_id"] for stream in streams}) == len(streams) == len(scene.agents)
     assert all(stream.keys() == LABELS for stream in streams)
 
 

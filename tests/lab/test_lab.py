@@ -252,6 +252,15 @@ def test_two_labs_side_by_side(lab: Lab) -> None:
     assert reaper.lab_namespaces(other.name) == []
 
 
+def test_nodes_that_share_a_zone() -> None:
+    """Zones are the nodes' and their pods', in the file that agents read as well; one for each node, or none at all."""
+    lab = Lab(nodes=3, zones=("zone-a", "zone-a", "zone-b"))
+    assert [node.zone for node in lab.nodes] == [pod.zone for pod in lab.pods] == ["zone-a", "zone-a", "zone-b"]
+    assert [node["zone"] for node in yaml.safe_load(lab.vips_file([]))["nodes"]] == ["zone-a", "zone-a", "zone-b"]
+    with pytest.raises(ValueError, match="shorter"):
+        Lab(nodes=3, zones=("zone-a", "zone-b"))
+
+
 def test_name_in_use_is_refused_and_left_alone(lab: Lab) -> None:
     """A second lab of the same name does not touch the first."""
     with pytest.raises(LabError, match="is up already"):
