@@ -78,14 +78,6 @@ def explored(links: list[Json]) -> list[str]:
     return found
 
 
-def rate_interval_seconds(interval: float, min_step: float) -> float:
-    """Tell what $__rate_interval is where a point of the graph stands for `interval` seconds.
-
-    https://grafana.com/docs/grafana/latest/datasources/prometheus/template-variables/#use-__rate_interval
-    """
-    return max(interval + min_step, 4 * min_step)
-
-
 def fill(text: str, values: Mapping[str, str | list[str] | All]) -> str:
     """Put the values of variables into a query; what is no variable's name stays.
 

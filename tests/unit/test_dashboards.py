@@ -246,7 +246,7 @@ def test_a_graph_rates_over_grafanas_interval_and_a_table_counts_over_the_time_s
 
 @every_dashboard
 def test_no_interval_is_shorter_than_that_of_the_agents_exports(dashboard: Json) -> None:
-    """Keep the rate interval over four exports whatever the data source is set to."""
+    """Keep $__rate_interval, which is made of four of these, over four exports whatever the data source is set to."""
     for panel in grafana.panels(dashboard):
         for target in panel["targets"]:
             if target["datasource"]["type"] == "prometheus":
@@ -333,12 +333,6 @@ def test_variables_are_filled_in_as_grafana_does() -> None:
     assert grafana.fill(text, values) == (
         r'x{a="web", b=~"(10\\.0\\.10\\.0|fd00:10::1)", c=~"10\\.0\\.10\\.0", d=~".*", e="a\"b\\c", f="$1"}[3600s]'
     )
-
-
-def test_the_rate_interval_is_never_under_four_exports() -> None:
-    """Compute it for a short and a long time range."""
-    assert grafana.rate_interval_seconds(15, 60) == 240
-    assert grafana.rate_interval_seconds(300, 60) == 360
 
 
 def test_a_config_map_is_made_of_every_dashboard() -> None:
