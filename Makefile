@@ -63,6 +63,10 @@ bench: setup ## what it costs, each row a ratio or a figure of one run
 lab: setup ## a lab to look around in: make lab CMD="up --nodes 3"
 	$(PYTHON) -m tests.lab $(or $(CMD),--help)
 
+.PHONY: dashboards
+dashboards: setup ## write the dashboards' JSON from their source, deploy/grafana/*.py
+	$(PYTHON) -m deploy.grafana
+
 .PHONY: format
 format: setup ## format the sources
 	.venv/bin/ruff format .
