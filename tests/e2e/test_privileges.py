@@ -71,7 +71,11 @@ def rights_of(status: Path) -> Rights:
 
 def rights_of_threads(pid: int) -> set[Rights]:
     """Read those of all threads of a process."""
-    return {rights_of(task / "status") for task in Path(f"/proc/{pid}/task").iterdir()}
+    found = set()
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread may end meanwhile
+            found.add(rights_of(task / "status"))
+    return found
 
 
 def rights_of_child(agent: Agent) -> Rights:
