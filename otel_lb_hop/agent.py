@@ -23,6 +23,7 @@ from otel_lb_hop.cluster.api_source import ApiSource
 from otel_lb_hop.cluster.connect import connector
 from otel_lb_hop.cluster.feed import Feed
 from otel_lb_hop.cluster.file_source import FileSource, FileWatcher
+from otel_lb_hop.config import METRIC_ATTRIBUTES, METRIC_SERIES
 from otel_lb_hop.core import ids
 from otel_lb_hop.core.hops import Courses
 from otel_lb_hop.core.interfaces import find_places, find_uplinks, gateway_links
@@ -32,8 +33,9 @@ from otel_lb_hop.core.ledger import RING, Ledger, Rows, Stage, count_rows, kerne
 from otel_lb_hop.core.pinned import MARK, Mark, pack_mark, unpack_mark
 from otel_lb_hop.core.topology import KEEP_RETIRED_NS, LINGER_NS, Topology
 from otel_lb_hop.errors import ConfigError, KernelError
-from otel_lb_hop.export.metrics import Metric, MetricsBuilder, SelfReport
-from otel_lb_hop.export.outlets import LinesOutlet, MetricsOutlet, make_record_outlets, make_sinks
+from otel_lb_hop.export.metrics import MetricsBuilder, SelfReport
+from otel_lb_hop.export.outlets import LinesOutlet, make_metrics_outlets, make_record_outlets, make_sinks
+from otel_lb_hop.export.points import Metric
 from otel_lb_hop.export.record_content import Sampling
 from otel_lb_hop.export.resource import Identity, make_resource
 from otel_lb_hop.kernel.bpf import run_program
@@ -43,6 +45,7 @@ from otel_lb_hop.kernel.loader import retire_ring
 from otel_lb_hop.kernel.netlink import Monitor, Netlink
 from otel_lb_hop.kernel.ring import Ring
 from otel_lb_hop.kernel.tables import KernelTables
+from otel_lb_hop.kernel.told import DELIVERED, SUMMED, open_told
 from otel_lb_hop.ops.api import LocalApi
 from otel_lb_hop.ops.health import Health
 from otel_lb_hop.ops.process import process_usage
@@ -55,6 +58,7 @@ if TYPE_CHECKING:
     from otel_lb_hop.core.layout import Place
     from otel_lb_hop.errors import Problem
     from otel_lb_hop.export.outlets import Outlet, Sinks
+    from otel_lb_hop.kernel.bpf import Map
     from otel_lb_hop.kernel.loader import Loading
     from otel_lb_hop.kernel.tables import Snapshot
     from otel_lb_hop.ops.logs import LineKeeper
@@ -115,7 +119,9 @@ class Agent:
         self._stop = stop
         self._lines = lines
         self._health = Health()
-        self._topology = Topology(config.node_name, time.time_ns())
+        self._topology = Topology(
+            config.node_name, time.time_ns(), tells_zones=config.metric_attributes.destination_zone
+        )
         self._file = FileWatcher(FileSource(config.vips_file), stop.wake) if config.vips_file else None
         self._api = ApiSource(connector(config.api), config.node_name, stop.wake) if config.api else None
         self._feed = Feed(self._file, self._api, Inventory(config.policies, external_ips=config.external_ips))
@@ -140,6 +146,7 @@ class Agent:
         self._write_again = 0.0
         self._source_errors: dict[str, str | None] = {}
         self._size = (0, 0)
+        self._told_summed = False
 
     def start(self) -> bool:
         """Read the topology, load the programs, attach them. Raises ConfigError or KernelError.
@@ -259,15 +266,30 @@ class Agent:
         self._identity = self._identify()
         resource = make_resource(self._identity)
         since_ns = self._loaded.state.created_ns
-        self._metrics_builder = MetricsBuilder(self._topology, config.node_name, time.time_ns(), since_ns)
-        timeout_seconds = config.metric_export_timeout_ms / 1e3
-        self._metrics = [MetricsOutlet(sink, timeout_seconds, resource) for sink in sinks.by_signal["metrics"]]
+        self._metrics_builder = MetricsBuilder(
+            self._topology,
+            config.node_name,
+            time.time_ns(),
+            since_ns,
+            attributes=config.metric_attributes,
+            series=config.metric_series,
+            open_memory=lambda make: self._told_before(SUMMED, make=make),
+        )
+        self._metrics = make_metrics_outlets(sinks, config, resource, lambda: self._told_before(DELIVERED, make=True))
         sampling = {
             "logs": Sampling.make(self._record_ratio),
             "traces": Sampling.make(self._record_ratio, config.span_ratio),
         }
         self._records = make_record_outlets(sinks, resource, config.node_name, sampling, config.queue_bytes)
         self._own_log = [LinesOutlet(sinks.lines, resource)] if sinks.lines else []
+
+    def _told_before(self, name: str, *, make: bool) -> Map | None:
+        """Open what agents before this one noted of their exports, or go on without."""
+        try:
+            return open_told(self._loaded.pins, name, make=make)
+        except OSError as error:
+            log.warning("what was told before cannot be noted for the next agent: %s: %s", name, error)
+            return None
 
     def _identify(self) -> Identity:
         config, node = self._config, self._topology.own_node
@@ -422,6 +444,13 @@ class Agent:
             metrics = [Metric(each.instrument, tuple(each.points)) for each in metrics]
         for outlet in self._metrics:
             outlet.offer(metrics, now_ns)
+        if (usage := self._metrics_builder.usage).summed and not self._told_summed:
+            self._told_summed = True
+            log.warning(
+                "there is room for %d series of VIP ports (%s), and %d more: those are summed into one of each metric, "
+                "with otel.metric.overflow; %s=-destination.k8s.node.name makes fewer",
+                usage.limit, METRIC_SERIES.name, usage.summed, METRIC_ATTRIBUTES.name,
+            )  # fmt: skip
 
     def _check_sums(self) -> None:
         """Hold, when every verdict is given, that all adds up: each VIP port's connections, and the ledger."""
@@ -489,6 +518,7 @@ class Agent:
             map_usage=self._tables.usage() | {"places": (len(self._places), self._loaded.sizes.places)},
             parts_healthy={name: part.healthy for name, part in self._health.parts().items()},
             process=process_usage(),
+            cluster_nodes=self._topology.cluster_nodes,
         )
 
     # API server and VIP file ─ feed ─ topology ─ tables in the kernel

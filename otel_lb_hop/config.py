@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeVar
 
+from otel_lb_hop import semconv
 from otel_lb_hop.errors import ConfigError, Problem
 from otel_lb_hop.model import Policy, pack_address
 
@@ -72,6 +73,16 @@ class SignalConfig:
 
     exporters: tuple[str, ...]
     protocol: str
+
+
+class MetricAttributes(NamedTuple):
+    """Which attributes of `lb_hop.connections` are told, beyond those that always are."""
+
+    zone: bool = False
+    """Of the intermediate node."""
+    destination_zone: bool = False
+    """Of the backend."""
+    destination_node: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +202,18 @@ def _exporters(text: str) -> tuple[str, ...]:
     return names
 
 
+_ADD_ZONE, _ADD_DESTINATION_ZONE = semconv.RESOURCE_ZONE, semconv.DESTINATION_ZONE
+_LEAVE_OUT_NODE = "-" + semconv.DESTINATION_NODE
+
+
+def _metric_attributes(text: str) -> MetricAttributes:
+    items = [item.strip() for item in text.split(",")] if text else []
+    for item in items:
+        if item not in {_ADD_ZONE, _ADD_DESTINATION_ZONE, _LEAVE_OUT_NODE}:
+            raise ValueError(f"{item!r} is none of these" if item else "an item is empty")
+    return MetricAttributes(_ADD_ZONE in items, _ADD_DESTINATION_ZONE in items, _LEAVE_OUT_NODE not in items)
+
+
 def _true(text: str) -> bool:
     return text.lower() == "true"
 
@@ -301,6 +324,22 @@ RECORD_RATE: Final = _integer(
     10_000_000,
     "Most connections per second that get a log record and a span; failures go before; 0 sends none.",
 )
+METRIC_ATTRIBUTES: Final = Setting(
+    PREFIX + "METRIC_ATTRIBUTES",
+    "",
+    f"{_ADD_ZONE}, {_ADD_DESTINATION_ZONE} and {_LEAVE_OUT_NODE}, split by commas",
+    "Attributes of `lb_hop.connections` to add or, with `-`, to leave out: the zone of the node where connections come "
+    "in, the backend's zone, the backend's node.",
+    _metric_attributes,
+)
+METRIC_SERIES: Final = _integer(
+    PREFIX + "METRIC_SERIES",
+    "20000",
+    100,
+    1_000_000,
+    "Most data points about VIP ports in an export; series beyond it are summed into one point of each metric, with "
+    "`otel.metric.overflow`.",
+)
 QUEUE_BYTES: Final = _integer(
     PREFIX + "QUEUE_BYTES",
     str(32 << 20),
@@ -336,6 +375,8 @@ SETTINGS: Final[tuple[Setting[object], ...]] = (
     PIN_PATH,
     RECORD_RATIO,
     RECORD_RATE,
+    METRIC_ATTRIBUTES,
+    METRIC_SERIES,
     QUEUE_BYTES,
     LISTEN,
     LOG_LEVEL,
@@ -371,6 +412,14 @@ _METRIC_INTERVAL = _integer(
 _METRIC_TIMEOUT = _integer(
     "OTEL_METRIC_EXPORT_TIMEOUT", "30000", 1, MAX_INT32, "Most milliseconds that one export of metrics may take."
 )
+_TEMPORALITY = Setting(
+    "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE",
+    "cumulative",
+    "cumulative, delta or lowmemory",
+    "Whether metrics by OTLP say what was counted since the start or, with `delta`, since the export before; "
+    "`lowmemory` has histograms as deltas and counters, which are read from the kernel, cumulative.",
+    one_of("cumulative", "delta", "lowmemory"),
+)
 _SAMPLER = Setting(
     "OTEL_TRACES_SAMPLER",
     "parentbased_always_on",
@@ -394,6 +443,7 @@ STANDARD: Final[tuple[Setting[object], ...]] = (
     *_SIGNAL_PROTOCOL.values(),
     _METRIC_INTERVAL,
     _METRIC_TIMEOUT,
+    _TEMPORALITY,
     _SAMPLER,
     _SAMPLER_ARG,
     _SDK_DISABLED,
@@ -426,6 +476,8 @@ class Config:
     record_ratio: float
     record_rate: int
     span_ratio: float
+    metric_attributes: MetricAttributes
+    metric_series: int
     queue_bytes: int
     listen: tuple[str, int] | None
     log_level: str
@@ -434,6 +486,7 @@ class Config:
     traces: SignalConfig
     metric_export_interval_ms: int
     metric_export_timeout_ms: int
+    temporality: str
     sdk_disabled: bool
     unknown: tuple[str, ...] = ()
 
@@ -475,6 +528,8 @@ class Config:
             record_ratio=value(RECORD_RATIO),
             record_rate=value(RECORD_RATE),
             span_ratio=_span_ratio(value(_SAMPLER), value(_SAMPLER_ARG)),
+            metric_attributes=value(METRIC_ATTRIBUTES),
+            metric_series=value(METRIC_SERIES),
             queue_bytes=value(QUEUE_BYTES),
             listen=value(LISTEN),
             log_level=value(LOG_LEVEL),
@@ -483,6 +538,7 @@ class Config:
             traces=traces,
             metric_export_interval_ms=value(_METRIC_INTERVAL),
             metric_export_timeout_ms=value(_METRIC_TIMEOUT),
+            temporality=value(_TEMPORALITY),
             sdk_disabled=value(_SDK_DISABLED),
             unknown=_unknown(environ),
         )

@@ -59,6 +59,9 @@ SYN_RETRANSMITS = "lb_hop.syn.retransmits"
 SAMPLING_THRESHOLD = "sampling.threshold"
 """As the Collector's probabilistic sampler writes it into log records, which have no tracestate."""
 
+METRIC_OVERFLOW = "otel.metric.overflow"
+"""On the point that sums the series for which there was no room, as the SDK's specification has it."""
+
 # Self-telemetry
 PLACEMENT = "lb_hop.placement"
 REASON = "reason"
@@ -86,12 +89,16 @@ METRIC_FORWARD_DURATION = "lb_hop.forward.duration"
 METRIC_HANDSHAKE_DURATION = "lb_hop.handshake.duration"
 METRIC_ENDPOINTS = "lb_hop.endpoints"
 METRIC_VIP_PORTS = "lb_hop.vip.ports"
+METRIC_CLUSTER_NODES = "lb_hop.cluster.nodes"
 METRIC_EVENTS_DROPPED = "lb_hop.events.dropped"
 METRIC_RECORDS_EXPORTED = "lb_hop.records.exported"
 METRIC_RECORDS_DROPPED = "lb_hop.records.dropped"
 METRIC_TOPOLOGY_AGE = "lb_hop.topology.age"
 METRIC_MAP_USAGE = "lb_hop.map.usage"
 METRIC_MAP_LIMIT = "lb_hop.map.limit"
+METRIC_SERIES = "lb_hop.metric.series"
+METRIC_SERIES_LIMIT = "lb_hop.metric.series.limit"
+METRIC_SERIES_SUMMED = "lb_hop.metric.series.summed"
 METRIC_PART_HEALTHY = "lb_hop.part.healthy"
 
 # The ledger: records at each stage of their way; METRIC_RECORDS_EXPORTED and METRIC_RECORDS_DROPPED belong to it. And

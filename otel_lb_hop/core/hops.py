@@ -70,7 +70,7 @@ def resolve(kind: bytes, topology: Topology, interface_name: Callable[[int], str
     verdict = Verdict(what.verdict)
     forwarded = verdict < Verdict.DROPPED
     row: HopRow | None = topology.hops.by_id.get(what.hop_id) if forwarded else None
-    hop, node, zone_crossed = row[1:] if row else _UNKNOWN_HOP
+    hop, node, zone_crossed = row[1:4] if row else _UNKNOWN_HOP
     backend = (what.backend, unpack_port(what.backend_port)) if what.translated else None
     endpoint = topology.backend(what.vip_id, *backend) if backend else None
     return Course(

@@ -199,6 +199,11 @@ class Histogram(NamedTuple):
         """Add up two of them."""
         return Histogram(self.sum_ns + other.sum_ns, _sum_rows(self.words + other.words, len(self.words)))
 
+    def minus(self, earlier: Histogram) -> Histogram:
+        """Take away what was in it before; no bucket of a later one has less."""
+        words = int.from_bytes(self.words, sys.byteorder) - int.from_bytes(earlier.words, sys.byteorder)
+        return Histogram(self.sum_ns - earlier.sum_ns, words.to_bytes(len(self.words), sys.byteorder))
+
     @property
     def observations(self) -> int:
         """How many times were measured."""

@@ -3,7 +3,8 @@
     kernel ─ ring ─ decode ─┬─ encode ─ queue ─ transport        (logs, for each exporter)
                             └─ encode ─ queue ─ transport        (traces, for each exporter)
 
-Metrics (in data points) and the agent's own log have ways of their own, with nothing before their first stage.
+Metrics (in data points) and the agent's own log have ways of their own, with nothing before their first stage. With
+delta temporality a point that has not changed goes its way without being sent.
 
 What each stage counts:
 

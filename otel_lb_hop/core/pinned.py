@@ -3,6 +3,7 @@
 - names: whose counters a row holds, and since when.
 - notes: the state (what was loaded, and when), the journal (what counters of forgotten rows became), and the mark (how
   many records were settled).
+- delivered: what exporters that get deltas have of each series; only where there are such.
 
 Every change is one write of one entry, so an agent may be killed between any two of them.
 """
@@ -14,7 +15,7 @@ import struct
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from otel_lb_hop.core.layout import HOP_STATS_WORDS
+from otel_lb_hop.core.layout import BUCKETS, HOP_STATS_WORDS
 from otel_lb_hop.core.topology import HopRow, Name, VipRow
 from otel_lb_hop.errors import WireError
 from otel_lb_hop.model import Hop, Policy, Transport
@@ -72,6 +73,20 @@ class Journal(NamedTuple):
     merged: bytes = bytes(HOP_STATS_WORDS * 8)
 
 
+DELIVERED_KEY_BYTES = 16
+
+
+class Delivered(NamedTuple):
+    """What was delivered of a series."""
+
+    time_ns: int
+    """The wall clock's, up to which it was counted."""
+    number: int | float
+    """The counter; of a histogram the sum in ns. Whole, or it is not kept."""
+    words: bytes
+    """Of a histogram the buckets."""
+
+
 class Mark(NamedTuple):
     """How far an agent has come; written again and again."""
 
@@ -84,6 +99,8 @@ _Made = TypeVar("_Made")
 
 _JOURNAL = struct.Struct(f"=QQIII?xxx{HOP_STATS_WORDS * 8}s")
 _MARK = struct.Struct("=Q?")
+_DELIVERED = struct.Struct(f"=Qq{8 * BUCKETS}s")
+DELIVERED_BYTES = _DELIVERED.size
 
 
 def pack_name(name: Name) -> bytes:
@@ -93,6 +110,8 @@ def pack_name(name: Name) -> bytes:
         fields = [row.namespace, row.service, row.address.hex(), row.port, row.transport.value, row.policy.value]
     else:
         fields = [row.vip_id, row.hop.value, row.node, row.zone_crossed]
+        if row.zone is not None:
+            fields.append(row.zone)
     raw = json.dumps([name.created_ns, *fields], ensure_ascii=False, separators=(",", ":")).encode(
         "utf-8", "surrogatepass"
     )
@@ -112,8 +131,10 @@ def _name(fields: Any) -> Name:  # noqa: ANN401 - what JSON held
         namespace, service, address, port, transport, policy = rest
         vip = VipRow(namespace, service, bytes.fromhex(address), int(port), Transport(transport), Policy(policy))
         return Name(vip, int(created_ns))
-    vip_id, hop, node, zone_crossed = rest
-    return Name(HopRow(int(vip_id), Hop(hop), node, zone_crossed), int(created_ns))
+    vip_id, hop, node, zone_crossed, *zone = rest
+    if not all(isinstance(each, str) for each in zone):
+        raise ValueError(zone)
+    return Name(HopRow(int(vip_id), Hop(hop), node, zone_crossed, *zone), int(created_ns))
 
 
 def pack_state(state: State) -> bytes:
@@ -160,6 +181,16 @@ def pack_mark(mark: Mark) -> bytes:
 def unpack_mark(raw: bytes) -> Mark:
     """Read the mark."""
     return Mark(*_MARK.unpack_from(raw))
+
+
+def pack_delivered(delivered: Delivered) -> bytes:
+    """Write what was delivered."""
+    return _DELIVERED.pack(*delivered)
+
+
+def unpack_delivered(raw: bytes) -> Delivered:
+    """Read what was delivered; a counter has no words, here they are zeros."""
+    return Delivered(*_DELIVERED.unpack_from(raw))
 
 
 def _read(raw: bytes, make: Callable[[Any], _Made]) -> _Made:

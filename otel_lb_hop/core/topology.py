@@ -58,13 +58,15 @@ class HopRow(NamedTuple):
     """The identity of a hop row: a VIP port, a hop class, and the backend's node.
 
     Without a node: of an unknown hop class, what went to backends that are not known; of any other, the remainder: what
-    the forgotten rows of that class had counted.
+    the forgotten rows had counted that were alike in all else.
     """
 
     vip_id: int
     hop: Hop
     node: str | None
     zone_crossed: bool | None
+    zone: str | None = None
+    """The backend's, where it is told."""
 
     @property
     def is_remainder(self) -> bool:
@@ -181,8 +183,10 @@ class Topology:
     Services that claim it, on every node in the same way and in whatever order they came.
     """
 
-    def __init__(self, node_name: str, now_ns: int = 0) -> None:
+    def __init__(self, node_name: str, now_ns: int = 0, *, tells_zones: bool = False) -> None:
+        """`tells_zones`: whether backends of different zones are counted apart even if one node has them."""
         self.node_name = node_name
+        self._tells_zones = tells_zones
         self.zone: str | None = None
         self.vips: _Rows[VipRow] = _Rows()
         self.hops: _Rows[HopRow] = _Rows()
@@ -217,6 +221,11 @@ class Topology:
     def own_node(self) -> Node | None:
         """The node that the agent runs on, if it is known."""
         return self._node(self.node_name)
+
+    @property
+    def cluster_nodes(self) -> int | None:
+        """How many nodes the API server has, else the VIP file names; None where neither tells of any."""
+        return next((len(nodes) for nodes in self._nodes.values() if nodes), None)
 
     @property
     def skipped(self) -> list[Skipped]:
@@ -347,7 +356,7 @@ class Topology:
 
     def _remainder(self, row: HopRow, now_ns: int) -> int:
         """Find or make the row that keeps what was counted by rows of gone nodes."""
-        remainder = HopRow(row.vip_id, row.hop, None, None)
+        remainder = row._replace(node=None)
         known = self.hops.find(remainder)
         return self._add(self.hops, self._take_id(), remainder, now_ns) if known is None else known
 
@@ -462,7 +471,8 @@ class Topology:
     def _hop_id(self, vip_id: int, hop: Hop, backend: Backend, now_ns: int) -> int:
         if hop is Hop.UNKNOWN:
             return vip_id
-        row = HopRow(vip_id, hop, backend.node, self._zone_crossed(backend))
+        zone = self.zone_of(backend) if self._tells_zones else None
+        row = HopRow(vip_id, hop, backend.node, self._zone_crossed(backend), zone)
         known = self.hops.find(row)
         return self._add(self.hops, self._take_id(), row, now_ns) if known is None else known
 

@@ -42,6 +42,8 @@ def hop_attributes(row: HopRow) -> Attributes:
         attributes[semconv.DESTINATION_NODE] = row.node
     if row.zone_crossed is not None:
         attributes[semconv.ZONE_CROSSED] = row.zone_crossed
+    if row.zone is not None:
+        attributes[semconv.DESTINATION_ZONE] = row.zone
     return attributes
 
 
@@ -52,13 +54,15 @@ class Labels:
     cluster is not in memory twice.
     """
 
-    __slots__ = ("_histogram", "_of", "_tell", "number")
+    __slots__ = ("_histogram", "_of", "_tell", "identity", "number")
 
     def __init__(self, tell: Callable[..., Attributes], *of: object) -> None:
         self._tell = tell
         self._of = of
         self.number = wire.attributes(NUMBER_ATTRIBUTES, self.pairs)
         """As fields of a NumberDataPoint."""
+        self.identity = self.number
+        """What tells them from others: without attributes that may come later or change, if there are any."""
         self._histogram: bytes | None = None
 
     @property

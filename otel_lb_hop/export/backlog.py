@@ -16,7 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from enum import Enum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from otel_lb_hop.core.ledger import Stage
 from otel_lb_hop.export.delivery import REFUSED
@@ -142,6 +142,9 @@ class Store(ABC):
     attempt: both are the stage `transport`, so that what passed from one stage to the other only ever grows.
     """
 
+    _QUEUE_REASONS: ClassVar[tuple[str, ...]]
+    _TRANSPORT_REASONS: ClassVar[tuple[str, ...]]
+
     def __init__(self) -> None:
         self._fresh, self._again, self._sending = _Pile(), _Pile(), _Pile()
         self._accepted = 0
@@ -151,8 +154,8 @@ class Store(ABC):
         self._newest_received = 0
         self._exported = 0
         # From the start, so that the first loss is seen as one by whoever looks at differences.
-        self._queue_lost: Counter[str] = Counter({QUEUE_FULL: 0, SHUTDOWN: 0})
-        self._transport_lost: Counter[str] = Counter({REJECTED: 0, REFUSED: 0, SHUTDOWN: 0})
+        self._queue_lost: Counter[str] = Counter(dict.fromkeys(self._QUEUE_REASONS, 0))
+        self._transport_lost: Counter[str] = Counter(dict.fromkeys(self._TRANSPORT_REASONS, 0))
         self._offered_bytes = 0
         self._exported_bytes = 0
         self._lost_bytes: Counter[str] = Counter()
@@ -325,6 +328,9 @@ class Backlog(Store):
     every other attempt is for what has not been tried yet.
     """
 
+    _QUEUE_REASONS = (QUEUE_FULL, TOO_LARGE, SHUTDOWN)
+    _TRANSPORT_REASONS = (QUEUE_FULL, REJECTED, REFUSED, FAILED, SHUTDOWN)
+
     def __init__(self, limit_bytes: int, request_bytes: int) -> None:
         super().__init__()
         self._limit_bytes = limit_bytes
@@ -417,6 +423,9 @@ class Snapshots(Store):
     One under way is finished as long as its pieces are taken, so that a slow other side gets all of it and not the
     first pieces of each; once one has to be sent again, the newer snapshot takes its place.
     """
+
+    _QUEUE_REASONS = (SUPERSEDED, SHUTDOWN)
+    _TRANSPORT_REASONS = (SUPERSEDED, REJECTED, REFUSED, FAILED, SHUTDOWN)
 
     def __init__(self) -> None:
         super().__init__()

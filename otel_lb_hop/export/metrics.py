@@ -7,15 +7,14 @@ like a counter that fell.
 
 from __future__ import annotations
 
-from enum import Enum
 from functools import lru_cache
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from otel_lb_hop import semconv
+from otel_lb_hop.config import METRIC_SERIES, MetricAttributes
 from otel_lb_hop.core.hops import ORIGIN_OF
 from otel_lb_hop.core.layout import (
-    BOUNDS_NS,
     BUCKETS,
     OUTCOME_OF,
     Event,
@@ -28,56 +27,30 @@ from otel_lb_hop.core.layout import (
 from otel_lb_hop.core.ledger import KERNEL, METRICS, RING
 from otel_lb_hop.core.topology import HopRow, Placement
 from otel_lb_hop.export.attributes import Attributes, Labels, hop_attributes, vip_attributes
-from otel_lb_hop.model import Failure, Hop, Origin, Outcome, Transport
+from otel_lb_hop.export.limit import Limit, SeriesUsage
+from otel_lb_hop.export.points import Instrument, Kind, Metric, Point
+from otel_lb_hop.model import Failure, Hop, Origin, Outcome, Policy, Transport
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from otel_lb_hop.core.ledger import Stage
     from otel_lb_hop.core.topology import Topology
+    from otel_lb_hop.export.delta import Memory
 
-BOUNDS_S = tuple(bound / 1e9 for bound in BOUNDS_NS)
 NO_HISTOGRAM = Histogram.of(0, (0,) * BUCKETS)
 NO_CONNECTION = VipStats((0, 0), ((0,) * len(Unforwarded),) * 2, 0)
 NO_HOP = HopStats((0, 0), 0, 0, 0, 0, 0, NO_HISTOGRAM, NO_HISTOGRAM)
 
 EVENT_DROPS = {event: event.name.lower() for event in Event if event >= Event.TRUNCATED}
 HOP_ROWS_REMEMBERED = 8_192
-
-
-class Kind(Enum):
-    """How points of a metric behave. Sums and histograms are cumulative."""
-
-    COUNTER = "counter"
-    UP_DOWN = "up_down"
-    """A sum that may fall."""
-    GAUGE = "gauge"
-    HISTOGRAM = "histogram"
-
-
-class Instrument(NamedTuple):
-    """Kind, name, unit and description of one metric."""
-
-    kind: Kind
-    name: str
-    unit: str
-    description: str
-
-
-Point: TypeAlias = tuple[Labels, Labels, int, int | float | Histogram]
-"""One series: the labels that its row has on all metrics, those beyond, start time in ns, value; its time is the
-snapshot's."""
+_METRICS_OF_VIP_PORTS = 8
+USUAL = MetricAttributes()
+_SERIES = int(METRIC_SERIES.default)
 
 
 Told: TypeAlias = tuple[Attributes, float]
 """Of what the agent says of itself: attributes beyond the node's name, and the value."""
-
-
-class Metric(NamedTuple):
-    """A metric and its points, which may come only once."""
-
-    instrument: Instrument
-    points: Iterable[Point]
 
 
 CONNECTIONS = Instrument(
@@ -115,6 +88,12 @@ ENDPOINTS = Instrument(
     "Endpoints that kube-proxy picks from, by where they are, seen from this node",
 )
 VIP_PORTS = Instrument(Kind.GAUGE, semconv.METRIC_VIP_PORTS, "{vip_port}", "VIP ports that are watched")
+CLUSTER_NODES = Instrument(
+    Kind.GAUGE,
+    semconv.METRIC_CLUSTER_NODES,
+    "{node}",
+    "Nodes of the cluster by the API server, or without it those that the VIP file names",
+)
 EVENTS_DROPPED = Instrument(
     Kind.COUNTER, semconv.METRIC_EVENTS_DROPPED, "{event}", "Packets and events that could not be told"
 )
@@ -123,8 +102,20 @@ TOPOLOGY_AGE = Instrument(
 )
 MAP_USAGE = Instrument(Kind.GAUGE, semconv.METRIC_MAP_USAGE, "{entry}", "Entries in a kernel table")
 MAP_LIMIT = Instrument(Kind.GAUGE, semconv.METRIC_MAP_LIMIT, "{entry}", "Entries that a kernel table can hold")
+SERIES = Instrument(
+    Kind.GAUGE, semconv.METRIC_SERIES, "{series}", "Series of VIP ports that have a data point of their own"
+)
+SERIES_LIMIT = Instrument(
+    Kind.GAUGE, semconv.METRIC_SERIES_LIMIT, "{series}", "Most data points about VIP ports in an export"
+)
+SERIES_SUMMED = Instrument(
+    Kind.GAUGE,
+    semconv.METRIC_SERIES_SUMMED,
+    "{series}",
+    "Series of VIP ports beyond the limit, summed into one data point of each metric",
+)
 PART_HEALTHY = Instrument(
-    Kind.GAUGE, semconv.METRIC_PART_HEALTHY, "1", "1 if a part of the agent works as it should, else 0"
+    Kind.GAUGE, semconv.METRIC_PART_HEALTHY, "{part}", "1 if a part of the agent works as it should, else 0"
 )
 RECORDS_SEEN = Instrument(Kind.COUNTER, semconv.METRIC_RECORDS_SEEN, "{record}", "Records that came to a stage")
 RECORDS_EXPORTED = Instrument(
@@ -174,6 +165,8 @@ class SelfReport(NamedTuple):
     """Map → (entries, limit)."""
     parts_healthy: Mapping[str, bool]
     process: Usage
+    cluster_nodes: int | None = None
+    """None where no source names nodes."""
 
 
 class MetricsBuilder:
@@ -183,7 +176,28 @@ class MetricsBuilder:
     agent counts of itself begins with it, at `started_ns`.
     """
 
-    def __init__(self, topology: Topology, node_name: str, started_ns: int, counting_since_ns: int) -> None:
+    def __init__(
+        self,
+        topology: Topology,
+        node_name: str,
+        started_ns: int,
+        counting_since_ns: int,
+        *,
+        attributes: MetricAttributes = USUAL,
+        series: int = _SERIES,
+        open_memory: Callable[[bool], Memory | None] = lambda _: None,
+    ) -> None:
+        """Tell no more than so many `series` of VIP ports each for itself (export/limit.py)."""
+        common = {semconv.K8S_NODE_NAME: node_name}
+        self._limit = Limit(
+            series,
+            common,
+            metrics=_METRICS_OF_VIP_PORTS,
+            since_ns=counting_since_ns,
+            now_ns=started_ns,
+            open_memory=open_memory,
+        )
+        self._attributes = attributes
         self._topology = topology
         self._node_name = node_name
         self._started_ns = started_ns
@@ -201,8 +215,7 @@ class MetricsBuilder:
         self._used.update(rows[hop_id].vip_id for hop_id in _busy(hops, NO_HOP))
         used_vips = {vip_id: stats for vip_id, stats in vips.items() if vip_id in self._used}
         used_hops = {hop_id: stats for hop_id, stats in hops.items() if rows[hop_id].vip_id in self._used}
-        yield from self._traffic(used_vips, used_hops)
-        yield Metric(ENDPOINTS, self._endpoints())
+        yield from self._limit.hold(self._of_vip_ports(used_vips, used_hops))
         for instrument, points in self._self_points(report).items():
             yield Metric(
                 instrument,
@@ -211,6 +224,11 @@ class MetricsBuilder:
                     for labels, value in points
                 ],
             )
+
+    @property
+    def usage(self) -> SeriesUsage:
+        """How far the bound on series is used, as of the latest export."""
+        return self._limit.usage
 
     def _since_ns(self, instrument: Instrument, labels: Attributes) -> int:
         stage = labels.get(semconv.STAGE)
@@ -232,7 +250,7 @@ class MetricsBuilder:
         for vip_id in known.keys() - self._vip_labels.keys():
             self._vip_labels[vip_id] = Labels(vip_attributes, known[vip_id], self._node_name)
 
-    def _traffic(self, vips: Mapping[int, VipStats], hops: Mapping[int, HopStats]) -> Iterator[Metric]:
+    def _of_vip_ports(self, vips: Mapping[int, VipStats], hops: Mapping[int, HopStats]) -> Iterator[Metric]:
         sums = self._sums(hops)
         yield Metric(CONNECTIONS, chain(self._unforwarded(vips), self._forwarded(hops)))
         yield Metric(RETRANSMITS, self._retransmits(vips))
@@ -245,29 +263,53 @@ class MetricsBuilder:
             PENDING,
             ((self._vip_labels[vip_id], _NO_LABELS, self._started_ns, count) for vip_id, count in pending),
         )
+        yield Metric(ENDPOINTS, self._endpoints())
 
     def _unforwarded(self, vips: Mapping[int, VipStats]) -> Iterator[Point]:
+        rows, created_ns = self._topology.vips.by_id, self._topology.vips.created_ns
+        zone = self._own_zone
         for vip_id, stats in vips.items():
+            may_be = _MAY_BE[rows[vip_id].policy]
             for origin, counts in enumerate(stats.unforwarded):
                 for reason, count in enumerate(counts):
-                    if count:
-                        start_ns = self._topology.vips.created_ns[vip_id]
-                        yield self._vip_labels[vip_id], _UNFORWARDED[origin, reason], start_ns, count
+                    # Zeros before the first loss: whoever looks at differences does not see what a series begins with.
+                    if count or (origin == OriginCode.EXTERNAL and reason in may_be):
+                        yield self._vip_labels[vip_id], _unforwarded(origin, reason, zone), created_ns[vip_id], count
+
+    @property
+    def _own_zone(self) -> str | None:
+        return self._topology.zone if self._attributes.zone else None
 
     def _forwarded(self, hops: Mapping[int, HopStats]) -> Iterator[Point]:
-        labels, rows, created_ns = self._vip_labels, self._topology.hops.by_id, self._topology.hops.created_ns
+        if not self._attributes.destination_node:
+            yield from self._forwarded_by_class(hops)
+            return
+        rows, created_ns = self._topology.hops.by_id, self._topology.hops.created_ns
         for hop_id, stats in hops.items():
-            vip_id, hop, node, zone_crossed = row = rows[hop_id]
-            if row.is_remainder:
-                continue  # told long ago, by node
-            internal, external = stats.forwarded
-            if internal:
-                beyond = _forwarded(hop, node, zone_crossed, Origin.INTERNAL)
-                yield labels[vip_id], beyond, created_ns[hop_id], internal
-            # A zero says that the way exists and nobody took it; that is worth a series for the usual ways only.
-            if external or hop is not Hop.UNKNOWN:
-                beyond = _forwarded(hop, node, zone_crossed, Origin.EXTERNAL)
-                yield labels[vip_id], beyond, created_ns[hop_id], external
+            row = rows[hop_id]
+            if not row.is_remainder:  # told long ago, by node
+                yield from self._ways(row, created_ns[hop_id], stats.forwarded)
+
+    def _forwarded_by_class(self, hops: Mapping[int, HopStats]) -> Iterator[Point]:
+        """Add up over the nodes of backends, with those that are gone: the sum is as old as its VIP port's row."""
+        rows, created_ns = self._topology.hops.by_id, self._topology.vips.created_ns
+        sums: dict[HopRow, tuple[int, int]] = {}
+        for hop_id, stats in hops.items():
+            row = rows[hop_id]
+            row = row if row.node is None else row._replace(node=None)
+            internal, external = sums.get(row, (0, 0))
+            sums[row] = internal + stats.forwarded[0], external + stats.forwarded[1]
+        for row, forwarded in sums.items():
+            yield from self._ways(row, created_ns[row.vip_id], forwarded)
+
+    def _ways(self, row: HopRow, since_ns: int, forwarded: tuple[int, int]) -> Iterator[Point]:
+        way, (internal, external) = row[1:], forwarded
+        labels, zone = self._vip_labels[row.vip_id], self._own_zone
+        if internal:
+            yield labels, _forwarded(way, Origin.INTERNAL, zone), since_ns, internal
+        # A zero says that the way exists and nobody took it; that is worth a series for the usual ways only.
+        if external or row.hop is not Hop.UNKNOWN:
+            yield labels, _forwarded(way, Origin.EXTERNAL, zone), since_ns, external
 
     def _retransmits(self, vips: Mapping[int, VipStats]) -> Iterator[Point]:
         rows, created_ns = self._topology.vips.by_id, self._topology.vips.created_ns
@@ -276,11 +318,12 @@ class MetricsBuilder:
                 yield self._vip_labels[vip_id], _NO_LABELS, created_ns[vip_id], stats.retransmits
 
     def _failures(self, sums: Mapping[tuple[int, Hop], HopStats]) -> Iterator[Point]:
+        rows, created_ns = self._topology.vips.by_id, self._topology.vips.created_ns
         for (vip_id, hop), total in sums.items():
+            usual = rows[vip_id].transport is Transport.TCP and hop is not Hop.UNKNOWN
             for failure, count in ((Failure.REFUSED, total.refused), (Failure.TIMEOUT, total.timeout)):
-                if count:
-                    start_ns = self._topology.vips.created_ns[vip_id]
-                    yield self._vip_labels[vip_id], _FAILED[hop, failure], start_ns, count
+                if count or usual:
+                    yield self._vip_labels[vip_id], _FAILED[hop, failure], created_ns[vip_id], count
 
     def _by_hop_class(self, values: Iterable[tuple[tuple[int, Hop], int | Histogram | None]]) -> Iterator[Point]:
         """Tell what is not 0. The VIP port's row, whose start time it has, is as old as the oldest of its hops."""
@@ -316,6 +359,10 @@ class MetricsBuilder:
             **_ledger_points(points, POINTS_SEEN, POINTS_EXPORTED, POINTS_DROPPED, POINTS_IN_FLIGHT),
             EVENTS_DROPPED: [({semconv.REASON: reason}, report.events[event]) for event, reason in EVENT_DROPS.items()],
             VIP_PORTS: [({}, report.vip_ports)],
+            SERIES: [({}, self.usage.own)],
+            SERIES_LIMIT: [({}, self.usage.limit)],
+            SERIES_SUMMED: [({}, self.usage.summed)],
+            CLUSTER_NODES: [] if report.cluster_nodes is None else [({}, report.cluster_nodes)],
             TOPOLOGY_AGE: [({}, report.topology_age_s)],
             MAP_USAGE: [({semconv.MAP: name}, used) for name, (used, _) in usage],
             MAP_LIMIT: [({semconv.MAP: name}, limit) for name, (_, limit) in usage],
@@ -399,20 +446,31 @@ _FAILED = {
     for hop in Hop
     for failure in Failure
 }
-_UNFORWARDED = {
-    (int(origin), int(reason)): _labels(
-        {semconv.OUTCOME: OUTCOME_OF[reason].value, semconv.ORIGIN: ORIGIN_OF[origin].value}
-    )
-    for origin in OriginCode
-    for reason in Unforwarded
+_MAY_BE = {
+    Policy.CLUSTER: frozenset({Unforwarded.DROPPED, Unforwarded.NO_ENDPOINTS}),
+    Policy.LOCAL: frozenset(Unforwarded),
 }
+"""Reasons that a VIP port with this policy can have for not forwarding."""
 
 
-def _forwarded_attributes(row: HopRow, origin: Origin) -> Attributes:
-    return hop_attributes(row) | {semconv.OUTCOME: Outcome.FORWARDED.value, semconv.ORIGIN: origin.value}
+def _in_zone(attributes: Attributes, zone: str | None) -> Labels:
+    """Make labels with this node's zone, which may be known only later: they are the same series then."""
+    labels = _labels(attributes)
+    if zone is not None:
+        identity = labels.identity
+        labels = _labels({**attributes, semconv.RESOURCE_ZONE: zone})
+        labels.identity = identity
+    return labels
+
+
+@lru_cache(64)
+def _unforwarded(origin: int, reason: int, zone: str | None) -> Labels:
+    outcome = OUTCOME_OF[Unforwarded(reason)]
+    return _in_zone({semconv.OUTCOME: outcome.value, semconv.ORIGIN: ORIGIN_OF[origin].value}, zone)
 
 
 @lru_cache(HOP_ROWS_REMEMBERED)
-def _forwarded(hop: Hop, node: str | None, zone_crossed: bool | None, origin: Origin) -> Labels:  # noqa: FBT001 - a row's
+def _forwarded(way: Any, origin: Origin, zone: str | None) -> Labels:  # noqa: ANN401 - a HopRow's fields but the first
     """Make labels that the rows of many VIP ports share."""
-    return Labels(_forwarded_attributes, HopRow(0, hop, node, zone_crossed), origin)
+    row = hop_attributes(HopRow(0, *way))
+    return _in_zone({**row, semconv.OUTCOME: Outcome.FORWARDED.value, semconv.ORIGIN: origin.value}, zone)

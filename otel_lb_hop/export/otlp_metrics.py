@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 from otel_lb_hop.core.layout import BUCKETS
 from otel_lb_hop.export import wire
 from otel_lb_hop.export.delivery import Chunk
-from otel_lb_hop.export.metrics import BOUNDS_S, Kind
+from otel_lb_hop.export.points import BOUNDS_S, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from otel_lb_hop.export.metrics import Metric
+    from otel_lb_hop.export.points import Metric
 
 CHUNK_BYTES = 1 << 19
 """Most bytes of a chunk, which is a request: with its envelope less than the 1 MiB that nginx takes if nobody told it
@@ -28,14 +28,17 @@ PIECE_BYTES = CHUNK_BYTES // 4
 """A metric is split into pieces of about so many bytes, and chunks are filled with those."""
 
 _CUMULATIVE = wire.tag(2, wire.VARINT) + wire.varint(2)
+_DELTA = wire.tag(2, wire.VARINT) + wire.varint(1)
 _MONOTONIC = wire.tag(3, wire.VARINT) + wire.varint(1)
 _KINDS = {
-    Kind.GAUGE: (5, b""),
-    Kind.COUNTER: (7, _CUMULATIVE + _MONOTONIC),
-    Kind.UP_DOWN: (7, _CUMULATIVE),
-    Kind.HISTOGRAM: (9, _CUMULATIVE),
+    (Kind.GAUGE, False): (5, b""),
+    (Kind.COUNTER, False): (7, _CUMULATIVE + _MONOTONIC),
+    (Kind.COUNTER, True): (7, _DELTA + _MONOTONIC),
+    (Kind.UP_DOWN, False): (7, _CUMULATIVE),
+    (Kind.HISTOGRAM, False): (9, _CUMULATIVE),
+    (Kind.HISTOGRAM, True): (9, _DELTA),
 }
-"""Field of Metric, and what stands behind the points."""
+"""Kind, and whether as delta → field of Metric, and what stands behind the points."""
 
 _START, _TIME, _AS_DOUBLE, _AS_INT = (wire.tag(field, wire.FIXED64) for field in (2, 3, 4, 6))
 _START_TIME = struct.Struct("<cQ")
@@ -74,7 +77,7 @@ def _pieces(metric: Metric, now_ns: int) -> Iterator[tuple[bytes, int]]:
     """Encode a metric in as many pieces as it takes, each a whole Metric; without points in none."""
     kind, name, unit, description = metric.instrument
     head = wire.text(1, name) + wire.text(2, description) + wire.text(3, unit)
-    number, tail = _KINDS[kind]
+    number, tail = _KINDS[kind, metric.delta]
     for points, count in _points(metric, now_ns):
         body_bytes = len(points) + len(tail)
         before = head + wire.tag(number, wire.DELIMITED) + wire.varint(body_bytes)

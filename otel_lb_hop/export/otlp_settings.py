@@ -180,14 +180,7 @@ def http_settings(signal: str, environ: Mapping[str, str]) -> HttpSettings:
 def unheeded(environ: Mapping[str, str]) -> list[str]:
     """Tell, for the log, which standard variables of metrics are set to what this agent cannot do."""
     texts = []
-    temporality, aggregation = (
-        _PREFIX + name for name in ("METRICS_TEMPORALITY_PREFERENCE", "METRICS_DEFAULT_HISTOGRAM_AGGREGATION")
-    )
-    if (value := environ.get(temporality, "").strip()).lower() not in {"", "cumulative"}:
-        texts.append(
-            f"{temporality}={value} is not heeded: sums come cumulative from the kernel. For delta, put the processor "
-            "cumulativetodelta into the Collector's metrics pipeline."
-        )
+    aggregation = _PREFIX + "METRICS_DEFAULT_HISTOGRAM_AGGREGATION"
     if (value := environ.get(aggregation, "").strip()).lower() not in {"", "explicit_bucket_histogram"}:
         texts.append(
             f"{aggregation}={value} is not heeded: histograms have the explicit buckets that the kernel counts in."

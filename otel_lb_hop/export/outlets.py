@@ -13,7 +13,8 @@ from otel_lb_hop.core.ledger import RECORD_SIGNALS, Stage
 from otel_lb_hop.errors import ConfigError
 from otel_lb_hop.export import otlp_metrics
 from otel_lb_hop.export.backlog import FAILED
-from otel_lb_hop.export.delivery import Chunk
+from otel_lb_hop.export.delivery import Chunk, Reply
+from otel_lb_hop.export.delta import TEMPORALITIES, Deltas, divide
 from otel_lb_hop.export.log_lines import encode_lines
 from otel_lb_hop.export.otlp_settings import OTLP
 from otel_lb_hop.export.records import LogEncoder, SpanEncoder
@@ -22,7 +23,8 @@ from otel_lb_hop.export.shipper import MetricsShipper, Shipper
 from otel_lb_hop.export.transport import make_sink
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Set as AbstractSet
 
     from opentelemetry.sdk.resources import Resource
 
@@ -31,8 +33,9 @@ if TYPE_CHECKING:
     from otel_lb_hop.core.layout import RawRecord
     from otel_lb_hop.errors import Problem
     from otel_lb_hop.export.delivery import Sink
+    from otel_lb_hop.export.delta import Memory
     from otel_lb_hop.export.log_lines import LogLine
-    from otel_lb_hop.export.metrics import Metric
+    from otel_lb_hop.export.points import Kind, Metric
     from otel_lb_hop.export.record_content import Sampling
 
 log = logging.getLogger(__name__)
@@ -142,12 +145,22 @@ class RecordOutlet:
 
 
 class MetricsOutlet:
-    """The way of metrics to one exporter."""
+    """The way of metrics to one exporter; of `delta_kinds` it gets deltas."""
 
-    def __init__(self, sink: Sink, timeout_seconds: float, resource: Resource) -> None:
-        self.shipper = MetricsShipper(sink, timeout_seconds)
+    def __init__(
+        self,
+        sink: Sink,
+        timeout_seconds: float,
+        resource: Resource,
+        delta_kinds: AbstractSet[Kind] = frozenset(),
+        memory: Memory | None = None,
+    ) -> None:
         self._otlp = sink.name == OTLP
         self.introduce(resource)
+        self._delta_kinds = delta_kinds
+        self.deltas = Deltas(sink.name, memory) if delta_kinds else None
+        way = sink if self.deltas is None else DeltaSink(sink, self.deltas, self._encode)
+        self.shipper = MetricsShipper(way, timeout_seconds)
 
     def introduce(self, resource: Resource) -> None:
         """Name another resource from now on."""
@@ -160,7 +173,14 @@ class MetricsOutlet:
 
     def offer(self, metrics: Iterable[Metric], now_ns: int) -> None:
         """Encode and queue one export; it replaces the one before if that was not sent yet."""
-        self.shipper.offer(self._encode(metrics, now_ns), now_ns)
+        if self.deltas is None:
+            chunks = self._encode(metrics, now_ns)
+        else:
+            # What was delivered by then is known only when it is sent.
+            part_bytes = otlp_metrics.CHUNK_BYTES if self._otlp else None
+            parts = divide(metrics, self._delta_kinds, now_ns, part_bytes)
+            chunks = [Chunk(None, part, part.items, part.size_bytes if self._otlp else 0) for part in parts]
+        self.shipper.offer(chunks, now_ns)
 
     def _encode(self, metrics: Iterable[Metric], now_ns: int) -> list[Chunk]:
         if self._otlp:
@@ -171,6 +191,33 @@ class MetricsOutlet:
         for metric in data.resource_metrics[0].scope_metrics[0].metrics:
             points += len(metric.data.data_points)
         return [Chunk(None, data, points, 0)]
+
+
+class DeltaSink:
+    """Takes parts of snapshots, and sends to another sink what was counted since that has taken them."""
+
+    def __init__(self, sink: Sink, deltas: Deltas, encode: Callable[[Iterable[Metric], int], list[Chunk]]) -> None:
+        self.name = sink.name
+        self.place = sink.place
+        self.close = sink.close
+        self._sink = sink
+        self._deltas = deltas
+        self._encode = encode
+        self._no_room = False
+
+    def send(self, chunks: list[Chunk], timeout_seconds: float | None = None) -> Reply:
+        """Send one part; one in which nothing has changed is as good as taken."""
+        (chunk,) = chunks
+        part = chunk.payload
+        encoded = self._encode(self._deltas.since_told(part), part.now_ns)
+        reply = self._sink.send(encoded, timeout_seconds) if encoded else Reply(taken=True)
+        if reply.taken and not self._deltas.deliver(part) and not self._no_room:
+            self._no_room = True
+            log.warning(
+                "metrics: %s: there is no room to note what was delivered; the next agent would tell some of it again",
+                self.name,
+            )
+        return reply
 
 
 class LinesOutlet:
@@ -214,6 +261,26 @@ def make_record_outlets(
         )
         for signal, sink in ways
     ]
+
+
+def make_metrics_outlets(
+    sinks: Sinks, config: Config, resource: Resource, memory: Callable[[], Memory | None]
+) -> list[MetricsOutlet]:
+    """Make the ways of metrics; `memory` opens, for each that gets deltas, what tells an agent after this one."""
+    timeout_seconds = config.metric_export_timeout_ms / 1e3
+    outlets = []
+    for sink in sinks.by_signal["metrics"]:
+        kinds = _delta_kinds(sink, config.temporality)
+        outlets.append(MetricsOutlet(sink, timeout_seconds, resource, kinds, memory() if kinds else None))
+    return outlets
+
+
+def _delta_kinds(sink: Sink, temporality: str) -> frozenset[Kind]:
+    if sink.name == OTLP:
+        return TEMPORALITIES[temporality]
+    from otel_lb_hop.export.sdk import delta_kinds  # noqa: PLC0415 - see above
+
+    return delta_kinds(sink)
 
 
 def _make_encoder(signal: str, sink: Sink, resource: Resource, node_name: str, sampling: Sampling) -> Encoder:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from otel_lb_hop.errors import ConfigError, Problem
 from otel_lb_hop.export.backlog import FAILED
 from otel_lb_hop.export.delivery import Reply
+from otel_lb_hop.export.points import Kind
 
 if TYPE_CHECKING:
     from otel_lb_hop.export.delivery import Chunk, Sink
@@ -102,6 +103,20 @@ def make_sdk_sink(signal: str, name: str) -> Sink:
         problem = Problem(variable, name, f"an exporter that starts with its own settings: {error}")
         raise ConfigError([problem]) from error
     return _SdkSink(signal, name, exporter)
+
+
+def delta_kinds(sink: Sink) -> frozenset[Kind]:
+    """Tell of which kinds of metrics an exporter of the SDK wants deltas, as the SDK's readers ask it.
+
+    Counters here are observable ones: they are read when they are exported.
+    """
+    from opentelemetry.sdk.metrics import Histogram, ObservableCounter  # noqa: PLC0415 - most exporters send records
+    from opentelemetry.sdk.metrics.export import AggregationTemporality  # noqa: PLC0415
+
+    exporter = sink._exporter if isinstance(sink, _SdkSink) else None  # noqa: SLF001 - of this module
+    wanted = getattr(exporter, "_preferred_temporality", None) or {}
+    kinds = {Kind.COUNTER: ObservableCounter, Kind.HISTOGRAM: Histogram}
+    return frozenset(kind for kind, made in kinds.items() if wanted.get(made) is AggregationTemporality.DELTA)
 
 
 def _sink_options(signal: str, name: str) -> dict[str, Any]:

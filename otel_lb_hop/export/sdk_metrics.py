@@ -20,28 +20,27 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 from otel_lb_hop import __version__, semconv
 from otel_lb_hop.core.layout import Histogram
-from otel_lb_hop.export.metrics import BOUNDS_S, Kind
+from otel_lb_hop.export.points import BOUNDS_S, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from opentelemetry.sdk.resources import Resource
 
-    from otel_lb_hop.export import metrics
+    from otel_lb_hop.export import points
     from otel_lb_hop.export.attributes import Attributes
 
-_CUMULATIVE = AggregationTemporality.CUMULATIVE
 _SCOPE = InstrumentationScope(semconv.SCOPE_NAME, __version__, semconv.SCHEMA_URL)
 
 
-def make_data(told: Iterable[metrics.Metric], resource: Resource, now_ns: int) -> MetricsData:
+def make_data(told: Iterable[points.Metric], resource: Resource, now_ns: int) -> MetricsData:
     """Make one export, as of `now_ns`; a metric without points is left out."""
     made = [_metric(metric, now_ns) for metric in told]
     scope = ScopeMetrics(_SCOPE, [metric for metric in made if metric.data.data_points], semconv.SCHEMA_URL)
     return MetricsData([ResourceMetrics(resource, [scope], resource.schema_url)])
 
 
-def _metric(metric: metrics.Metric, now_ns: int) -> Metric:
+def _metric(metric: points.Metric, now_ns: int) -> Metric:
     kind, name, unit, description = metric.instrument
     numbers: list[NumberDataPoint] = []
     histograms: list[HistogramDataPoint] = []
@@ -50,13 +49,14 @@ def _metric(metric: metrics.Metric, now_ns: int) -> Metric:
             histograms.append(_histogram(own.pairs | beyond.pairs, start_ns, now_ns, value))
         else:
             numbers.append(NumberDataPoint(own.pairs | beyond.pairs, start_ns, now_ns, value))
+    temporality = AggregationTemporality.DELTA if metric.delta else AggregationTemporality.CUMULATIVE
     data: Gauge | Sum | HistogramData
     if kind is Kind.HISTOGRAM:
-        data = HistogramData(histograms, _CUMULATIVE)
+        data = HistogramData(histograms, temporality)
     elif kind is Kind.GAUGE:
         data = Gauge(numbers)
     else:
-        data = Sum(numbers, _CUMULATIVE, is_monotonic=kind is Kind.COUNTER)
+        data = Sum(numbers, temporality, is_monotonic=kind is Kind.COUNTER)
     return Metric(name, description, unit, data)
 
 

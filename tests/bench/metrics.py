@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     from otel_lb_hop.export.delivery import Chunk
 
 SERIES = 10_000
-SERIES_OF_VIP_PORT = 12
-"""In use, with endpoints on this node and on two others: connections 3, endpoints 3, forward and handshake duration by
-hop class 2 each, SYNs sent again, pending."""
+SERIES_OF_VIP_PORT = 18
+"""In use, with endpoints on this node and on two others: connections 3 forwarded and 2 not, endpoints 3, failures 4,
+forward and handshake duration by hop class 2 each, SYNs sent again, pending."""
 SERVICES = 5_000
 SDK_SERIES_OF_INSTRUMENT = 1_000
 """The SDK folds more than 2,000 into one."""

@@ -45,6 +45,7 @@ UNITS = {
     "lb_hop.connections": ("sum", "{connection}"),
     "lb_hop.connections.pending": ("gauge", "{connection}"),
     "lb_hop.syn.retransmits": ("sum", "{packet}"),
+    "lb_hop.handshake.failures": ("sum", "{connection}"),
     "lb_hop.forward.duration": ("histogram", "s"),
     "lb_hop.handshake.duration": ("histogram", "s"),
     "lb_hop.endpoints": ("gauge", "{endpoint}"),
@@ -61,7 +62,11 @@ UNITS = {
     "lb_hop.topology.age": ("gauge", "s"),
     "lb_hop.map.usage": ("gauge", "{entry}"),
     "lb_hop.map.limit": ("gauge", "{entry}"),
-    "lb_hop.part.healthy": ("gauge", "1"),
+    "lb_hop.cluster.nodes": ("gauge", "{node}"),
+    "lb_hop.metric.series": ("gauge", "{series}"),
+    "lb_hop.metric.series.limit": ("gauge", "{series}"),
+    "lb_hop.metric.series.summed": ("gauge", "{series}"),
+    "lb_hop.part.healthy": ("gauge", "{part}"),
     "process.cpu.time": ("sum", "s"),
     "process.memory.usage": ("sum", "By"),
 }
@@ -265,6 +270,7 @@ def test_metrics_about_the_agent_itself(run: Run) -> None:
         own = [s for s in run.series if s.attributes["k8s.node.name"] == node.name]
         values = {(s.metric, *(v for k, v in s.attributes.items() if k != "k8s.node.name")): s.value for s in own}
         assert values["lb_hop.vip.ports",] == len(VIPS)
+        assert values["lb_hop.cluster.nodes",] == len(run.lab.nodes)
         assert {name: value for name, value in values.items() if name[0] == "lb_hop.part.healthy"} == {
             ("lb_hop.part.healthy", part): 1
             for part in (

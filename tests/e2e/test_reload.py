@@ -83,7 +83,7 @@ class Scene:
         """Return the connections by hop class so far."""
         found: Counter[str] = Counter()
         for series in self.collector.series("lb_hop.connections"):
-            found[series.attributes["lb_hop.hop"]] += int(series.value)
+            found[series.attributes.get("lb_hop.hop", "")] += int(series.value)
         return +found
 
 

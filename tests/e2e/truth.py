@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from otel_lb_hop.model import Backend, VipPort
-    from tests.lab import Accepted, Connection, Lab, Node, Pod
+    from tests.lab import Accepted, Connection, Conntrack, Lab, Node, Pod
 
 Endpoint = tuple[str, int]
 Attributes = dict[str, Any]
@@ -47,10 +47,12 @@ def accepted_since(lab: Lab, counts: Counter[Accepted], transport: str = "tcp") 
     return list((accepted_counts(lab, transport) - counts).elements())
 
 
-def follow(lab: Lab, vip_port: VipPort, results: Sequence[Connection], accepted: Sequence[Accepted]) -> list[Told]:
-    """Find the way of each connection in conntrack; what the pods saw has to agree."""
-    vip, clients = format_address(vip_port.address), {(r.client_address, r.client_port): r for r in results if r.ok}
-    told = [
+def ways(
+    lab: Lab, vip_port: VipPort, results: Sequence[Connection], entries: Iterable[tuple[Node, Conntrack]]
+) -> list[Told]:
+    """Find the way of each connection among conntrack's entries, answered or not; what was never forwarded has none."""
+    vip, clients = format_address(vip_port.address), {(r.client_address, r.client_port): r for r in results}
+    return [
         Told(
             (entry.source, entry.source_port),
             node,
@@ -59,12 +61,20 @@ def follow(lab: Lab, vip_port: VipPort, results: Sequence[Connection], accepted:
             _pod_at(lab, entry.reply_source),
             clients[entry.source, entry.source_port].connect_seconds,
         )
-        for node in lab.nodes
-        for entry in node.conntrack(vip_port.transport.name.lower())
+        for node, entry in entries
         if (entry.destination, entry.destination_port) == (vip, vip_port.port)
         and (entry.source, entry.source_port) in clients
     ]
-    assert {each.client for each in told} == clients.keys(), "conntrack does not know every connection"
+
+
+def follow(lab: Lab, vip_port: VipPort, results: Sequence[Connection], accepted: Sequence[Accepted]) -> list[Told]:
+    """Find the way of each connection that was answered in conntrack; what the pods saw has to agree."""
+    answered = [result for result in results if result.ok]
+    transport = vip_port.transport.name.lower()
+    entries = ((node, entry) for node in lab.nodes for entry in node.conntrack(transport))
+    told = ways(lab, vip_port, answered, entries)
+    clients = {(result.client_address, result.client_port) for result in answered}
+    assert {each.client for each in told} == clients, "conntrack does not know every connection"
     assert len(told) == len(clients), "a connection is in two conntrack tables"
     seen_by_conntrack = sorted((*each.source, *each.destination) for each in told)
     assert seen_by_conntrack == sorted(map(tuple, accepted)), "conntrack and the pods do not agree"

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from otel_lb_hop.core.pinned import STATE, State, pack_state
+from otel_lb_hop.core.pinned import STATE, Delivered, State, pack_delivered, pack_state, unpack_delivered
 from otel_lb_hop.errors import KernelError
 from otel_lb_hop.kernel import bpf
 from otel_lb_hop.kernel.hooks import Hooks
 from otel_lb_hop.kernel.netlink import INGRESS_PARENT, Netlink
 from otel_lb_hop.kernel.pins import NOTES_SHAPE, PinFolder, Pinning, Pins, claim, leave, own_netns, reclaim
+from otel_lb_hop.kernel.told import DELIVERED, SHAPE, open_told
 from otel_lb_hop.ops.uninstall import uninstall
 from tests.bench.measure import empty_program
 from tests.kernel.requirements import needs_kernel
@@ -98,6 +99,23 @@ def test_one_agent_at_a_time(path: Path) -> None:
         assert again.problem is None
         assert again.folder is not None
         os.close(again.folder._lock_fd)
+
+
+def test_what_was_delivered_is_found_again(folder: PinFolder) -> None:
+    """By the next agent, and by each exporter of one; a map of another shape gives way. Without pins there is none."""
+    pins = complete(folder, STATE_OF)
+    nothing = [(None, True), (None, False), (pins, False)]
+    assert [open_told(each, DELIVERED, make=make) for each, make in nothing] == [None] * 3
+    pin_a_map(pins._folder / "delivered")
+    opened = [open_told(pins, DELIVERED, make=True) for _ in range(3)]
+    told, key = Delivered(2**63, -7, bytes(range(176))), bytes(range(16))
+    for each in opened:
+        assert each is not None
+        assert bpf.map_shape(each.fd) == SHAPE
+        each.put(key, pack_delivered(told))
+        assert [(name, unpack_delivered(raw)) for name, raw in each.items()] == [(key, told)]
+        os.close(each.fd)
+    assert names(pins._folder) == {"vip_ports", "notes", "delivered"}
 
 
 def test_not_a_bpffs(tmp_path: Path) -> None:

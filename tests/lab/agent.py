@@ -18,7 +18,7 @@ from tests.lab import programs
 from tests.lab.waiting import PATIENCE, wait_for
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from tests.lab import Node
 
@@ -209,14 +209,17 @@ class Agent:
 def agents_on(
     nodes: Sequence[Node],
     vips: Path | None,
-    settings: Mapping[str, str],
+    settings: Mapping[str, str] | Callable[[Node], Mapping[str, str]],
     name: str = "agent",
     port: int = 9465,
     *,
     prefix: Sequence[str] = (),
 ) -> Iterator[list[Agent]]:
     """Run an agent on each of these nodes; on exit all are stopped, and must stop well."""
-    started = [Agent(node, vips, settings, name=name, port=port, prefix=prefix) for node in nodes]
+    started = [
+        Agent(node, vips, settings(node) if callable(settings) else settings, name=name, port=port, prefix=prefix)
+        for node in nodes
+    ]
     try:
         for agent in started:
             agent.wait_ready()

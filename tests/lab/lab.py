@@ -33,9 +33,14 @@ class LabError(Exception):
 
 
 class Lab:
-    """A laboratory, built on entry and removed on exit; `name` (letters and digits) makes its namespaces unique."""
+    """A laboratory, built on entry and removed on exit; `name` (letters and digits) makes its namespaces unique.
 
-    def __init__(self, nodes: int = 2, pods_per_node: int = 1, name: str | None = None) -> None:
+    Every node has a zone of its own, or those that `zones` gives them in their order.
+    """
+
+    def __init__(
+        self, nodes: int = 2, pods_per_node: int = 1, name: str | None = None, *, zones: Sequence[str] = ()
+    ) -> None:
         self.name = name or secrets.token_hex(4)
         if not re.fullmatch(r"[a-z0-9]{1,20}", self.name):
             raise LabError(f"the name of a lab is 1 to 20 lower-case letters and digits, not {name!r}")
@@ -46,7 +51,8 @@ class Lab:
         self.client = self._host("client", layout.CLIENT_ADDRESSES)
         self.router = self._host("router", layout.ROUTER_ADDRESSES)
         self.mgmt = self._host("mgmt", layout.mgmt_addresses(0))
-        self.nodes = [self._node(number) for number in self.plan.node_numbers]
+        zones = zones or [layout.zone_name(number) for number in self.plan.node_numbers]
+        self.nodes = [self._node(number, zone) for number, zone in zip(self.plan.node_numbers, zones, strict=True)]
         self.pods = [pod for node in self.nodes for pod in node.pods]
         self._janitor: subprocess.Popen[bytes] | None = None
 
@@ -160,9 +166,8 @@ class Lab:
     def _host(self, name: str, addresses: tuple[str, str]) -> Host:
         return Host(name, self.plan.netns(name), *addresses, self.directory)
 
-    def _node(self, number: int) -> Node:
-        name, zone = f"node{number}", layout.zone_name(number)
-        pods = []
+    def _node(self, number: int, zone: str) -> Node:
+        name, pods = f"node{number}", []
         for pod in self.plan.pod_numbers:
             pod_name = layout.pod_name(number, pod)
             addresses = layout.pod_addresses(number, pod)

@@ -99,6 +99,9 @@ class Map:
 class Kernel:
     """The maps, a topology and the writer between them."""
 
+    tells_zones = False
+    """Whether the topology of the agent that begins next tells zones."""
+
     def __init__(self, **limits: int) -> None:
         self.journal = Journal()
         self.vip_ports = Map("vip_ports", self.journal, VIP_VALUE.size)
@@ -130,7 +133,7 @@ class Kernel:
         """Let the agent end, in whatever it was, and another begin on the same maps, one that knows nothing yet."""
         self.journal.writes_left = None
         self.tables = KernelTables(self._loaded)
-        self.topology = Topology(NODE)
+        self.topology = Topology(NODE, tells_zones=self.tells_zones)
 
     def adopt(self, now_ns: int = 1) -> None:
         """Let the agent go on with what one before it left."""

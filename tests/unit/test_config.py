@@ -16,6 +16,7 @@ from otel_lb_hop.config import (
     STANDARD,
     ApiConfig,
     Config,
+    MetricAttributes,
     SignalConfig,
     closest_setting,
     pin_path_of,
@@ -66,6 +67,9 @@ def test_defaults() -> None:
     assert config.pin_path == Path("/sys/fs/bpf/otel-lb-hop")
     assert (config.metrics, config.logs, config.traces) == (signal, signal, signal)
     assert (config.metric_export_interval_ms, config.metric_export_timeout_ms) == (60000, 30000)
+    assert config.temporality == "cumulative"
+    assert config.metric_attributes == MetricAttributes(zone=False, destination_zone=False, destination_node=True)
+    assert config.metric_series == 20_000
     assert config.sdk_disabled is False
     assert config.unknown == ()
 
@@ -241,6 +245,12 @@ def test_sampler(sampler: str, argument: str, ratio: float) -> None:
         ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", ["http/json"]),
         ("OTEL_METRIC_EXPORT_INTERVAL", ["99", "0", "60s", "1000.5", "2147483648"]),
         ("OTEL_METRIC_EXPORT_TIMEOUT", ["0", "-1", "x"]),
+        (
+            "OTEL_LB_HOP_METRIC_ATTRIBUTES",
+            ["zone", "cloud.availability_zone,", "destination.k8s.node.name", "-cloud.availability_zone", ","],
+        ),
+        ("OTEL_LB_HOP_METRIC_SERIES", ["99", "1000001", "-1", "many"]),
+        ("OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", ["deltas", "low memory", "1"]),
         ("OTEL_TRACES_SAMPLER", ["on", "parentbased", "jaeger_remote", "TraceIdRatio"]),
         ("OTEL_TRACES_SAMPLER_ARG", ["1.1", "endpoint=x"]),
     ],
@@ -252,6 +262,23 @@ def test_refused(name: str, texts: list[str]) -> None:
         (problem,) = refused(BASE | {name: text})
         assert (problem.name, problem.read) == (name, text)
         assert problem.accepted.startswith(accepted)
+
+
+def test_metric_attributes() -> None:
+    """Each item stands for itself, in any order."""
+    assert own("METRIC_ATTRIBUTES", "cloud.availability_zone").metric_attributes == MetricAttributes(zone=True)
+    text = " -destination.k8s.node.name , destination.cloud.availability_zone"
+    assert own("METRIC_ATTRIBUTES", text).metric_attributes == MetricAttributes(
+        zone=False, destination_zone=True, destination_node=False
+    )
+
+
+def test_temporality() -> None:
+    """As the specification has it, in upper or lower case."""
+    name = "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE"
+    assert [
+        Config.from_environ(BASE | {name: text}, "node1").temporality for text in ("Cumulative", "DELTA", "lowMemory")
+    ] == ["cumulative", "delta", "lowmemory"]
 
 
 def test_policy() -> None:

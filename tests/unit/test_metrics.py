@@ -15,13 +15,14 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 from opentelemetry.sdk.resources import Resource
 
 from otel_lb_hop import __version__, semconv
+from otel_lb_hop.config import MetricAttributes
 from otel_lb_hop.core.layout import Event, HopStats, VipStats
 from otel_lb_hop.core.ledger import Stage
-from otel_lb_hop.core.topology import KEEP_RETIRED_NS
+from otel_lb_hop.core.topology import KEEP_RETIRED_NS, Source
 from otel_lb_hop.export import otlp_metrics, sdk_metrics
-from otel_lb_hop.export.metrics import MetricsBuilder, SelfReport, Usage
+from otel_lb_hop.export.metrics import USUAL, MetricsBuilder, SelfReport, Usage
 from otel_lb_hop.export.wire import Envelope
-from otel_lb_hop.model import Policy, Transport
+from otel_lb_hop.model import Node, Policy, Transport
 from tests.unit.fake_kernel import Kernel, unpack_words
 from tests.unit.samples import (
     CLUSTERS,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric
 
     from otel_lb_hop.export.delivery import Chunk
+    from otel_lb_hop.export.delta import Memory
     from otel_lb_hop.model import Cluster
 
 START = 1_700_000_000 * SECOND
@@ -84,17 +86,41 @@ CUMULATIVE = 2
 Point = tuple[dict[str, Any], int, Any]
 
 
+def kernel_for(attributes: MetricAttributes) -> Kernel:
+    """Make a kernel whose topology tells what the attributes need."""
+    kernel = Kernel()
+    kernel.tells_zones = attributes.destination_zone
+    kernel.begin_anew()
+    return kernel
+
+
 class Exporter:
     """A topology and its builder."""
 
-    def __init__(self, state: Cluster, kernel: Kernel | None = None) -> None:
+    def __init__(
+        self,
+        state: Cluster,
+        kernel: Kernel | None = None,
+        *,
+        attributes: MetricAttributes = USUAL,
+        series: int = 20_000,
+        memory: Memory | None = None,
+    ) -> None:
         """With a kernel, its topology is used, and counters come from its rows."""
-        self.kernel = kernel or Kernel()
+        self.kernel = kernel or kernel_for(attributes)
         self.topology = self.kernel.topology
         self.topology.replace(state, START)
         if kernel:
             kernel.write()
-        self.builder = MetricsBuilder(self.topology, NODE, AGENT_START, COUNTING_START)
+        self.builder = MetricsBuilder(
+            self.topology,
+            NODE,
+            AGENT_START,
+            COUNTING_START,
+            attributes=attributes,
+            series=series,
+            open_memory=lambda _: memory,
+        )
 
     def chunks(
         self,
@@ -176,6 +202,11 @@ def beyond(metric: Metric) -> list[tuple[dict[str, Any], Any]]:
     return made
 
 
+def happened(metric: Metric) -> list[tuple[dict[str, Any], Any]]:
+    """Leave out the zeros."""
+    return [(attributes, value) for attributes, value in beyond(metric) if value]
+
+
 @pytest.fixture
 def web() -> Exporter:
     """Default/web with a backend here (row 2), on node2 in another zone (3) and on node3 in this one (4)."""
@@ -199,6 +230,7 @@ def test_connections(web: Exporter) -> None:
     assert beyond(web.build(vips, hops)["lb_hop.connections"]) == [
         ({"lb_hop.outcome": "no_endpoints"} | internal, 1),
         ({"lb_hop.outcome": "dropped"} | external, 2),
+        ({"lb_hop.outcome": "no_endpoints"} | external, 0),
         ({"lb_hop.outcome": "no_local_endpoints"} | external, 3),
         ({"lb_hop.outcome": "forwarded", "lb_hop.hop": "unknown"} | external, 4),
         (none | internal | same, 5),
@@ -210,7 +242,7 @@ def test_connections(web: Exporter) -> None:
 
 
 def test_zeros(web: Exporter) -> None:
-    """A zero stands only where it says something: external ways to known backends, and retransmissions.
+    """A zero stands where the first one counts: external ways to known backends, retransmissions, and what may fail.
 
     Of a VIP port that never took a connection on this node only the endpoints are told; of one that did, all for ever.
     """
@@ -222,12 +254,106 @@ def test_zeros(web: Exporter) -> None:
     web.build({1: vip_stats(external=(1,))}, nothing)
     metrics = web.build({1: vip_stats()}, nothing)
     assert [
-        (each["lb_hop.origin"], each["destination.k8s.node.name"], value)
+        (each["lb_hop.origin"], each["lb_hop.outcome"], each.get("destination.k8s.node.name"), value)
         for each, value in beyond(metrics["lb_hop.connections"])
-    ] == [("external", "node1", 0), ("external", "node2", 0), ("external", "node3", 0)]
+    ] == [
+        ("external", "dropped", None, 0),
+        ("external", "no_endpoints", None, 0),
+        ("external", "forwarded", "node1", 0),
+        ("external", "forwarded", "node2", 0),
+        ("external", "forwarded", "node3", 0),
+    ]
+    assert beyond(metrics["lb_hop.handshake.failures"]) == [
+        ({"lb_hop.hop": hop, "error.type": failure}, 0)
+        for hop in ("none", "avoidable")
+        for failure in ("refused", "timeout")
+    ]
     assert beyond(metrics["lb_hop.syn.retransmits"]) == [({}, 0)]
-    silent = {"lb_hop.handshake.failures", "lb_hop.replies.unseen", "lb_hop.forward.duration"}
+    silent = {"lb_hop.replies.unseen", "lb_hop.forward.duration"}
     assert not metrics.keys() & (silent | {"lb_hop.handshake.duration"})
+
+
+def test_zones() -> None:
+    """This node's zone is on all connections, the backend's where it is known; one that comes late is no new series."""
+    zones = MetricAttributes(zone=True, destination_zone=True)
+    made = Exporter(cluster(vip_port(LOCAL, REMOTE, backend("10.100.4.2", "node4"))), attributes=zones)
+    vips, hops = {1: vip_stats(external=(1,))}, {2: hop_stats(external=2), 3: hop_stats(external=3)}
+    unknown = {semconv.ORIGIN: "external"}
+    assert beyond(made.build(vips, hops)["lb_hop.connections"])[0] == ({"lb_hop.outcome": "dropped"} | unknown, 1)
+    before = [point[1].identity for point in next(iter(made.builder.build(vips, hops, EMPTY_REPORT))).points]
+    made.topology.update_nodes(Source.API, {NODE: Node(NODE, "zone-a")}, NOW)
+    hops = {hop_id: hop_stats(external=hop_id) for hop_id in made.topology.hops.by_id if hop_id > 1}
+    told = beyond(made.build(vips, hops)["lb_hop.connections"])
+    assert {each["cloud.availability_zone"] for each, _ in told} == {"zone-a"}
+    assert [
+        (each["destination.k8s.node.name"], each.get("destination.cloud.availability_zone"), value)
+        for each, value in told
+        if each["lb_hop.outcome"] == "forwarded"
+    ] == [
+        ("node1", None, 2),
+        ("node2", "zone-b", 3),
+        ("node4", None, 4),
+        ("node1", "zone-a", 5),
+        ("node2", "zone-b", 6),
+    ]
+    after = [point[1].identity for point in next(iter(made.builder.build(vips, hops, EMPTY_REPORT))).points]
+    assert before[:4] == after[:4]
+
+
+def test_without_the_nodes_of_backends() -> None:
+    """What is alike but for the node is one series, as old as the VIP port's; one node's end does not let it fall."""
+    kernel = Kernel()
+    attributes = MetricAttributes(destination_node=False)
+    fourth = backend("10.100.4.2", "node4", "zone-b")
+    full = cluster(vip_port(LOCAL, REMOTE, SECOND_REMOTE, fourth), node1="zone-a")
+    made = Exporter(full, kernel, attributes=attributes)
+    for row, (internal, external) in {2: (0, 1), 3: (0, 10), 4: (5, 20), 5: (0, 40)}.items():
+        kernel.count_in_hop(row, internal, external)
+    far, near = {"lb_hop.zone.crossed": True}, {"lb_hop.zone.crossed": False}
+    expected = [
+        ({"lb_hop.hop": "none", "lb_hop.origin": "external"} | near, 1),
+        ({"lb_hop.hop": "avoidable", "lb_hop.origin": "external"} | far, 50),
+        ({"lb_hop.hop": "avoidable", "lb_hop.origin": "internal"} | near, 5),
+        ({"lb_hop.hop": "avoidable", "lb_hop.origin": "external"} | near, 20),
+    ]
+    bag = {frozenset((each | {"lb_hop.outcome": "forwarded"}).items()): value for each, value in expected}
+
+    def told(metric: Metric) -> dict[frozenset[tuple[str, Any]], Any]:
+        return {frozenset(each.items()): value for each, value in happened(metric)}
+
+    assert told(made.export()["lb_hop.connections"]) == bag
+    made.go_over_to(cluster(vip_port(LOCAL, SECOND_REMOTE), node1="zone-a"), NOW)
+    metric = made.export()["lb_hop.connections"]
+    assert told(metric) == bag
+    assert {start for _, start, _ in points(metric)} == {START}
+    kernel.begin_anew()
+    kernel.adopt(NOW)
+    made = Exporter(full, kernel, attributes=attributes)
+    assert told(made.export()["lb_hop.connections"]) == bag
+
+
+def test_zeros_of_policy_local_and_of_datagrams() -> None:
+    """Without a local endpoint only policy Local does not forward; what has no handshake has none that fails."""
+    made = Exporter(cluster(vip_port(REMOTE, policy=Policy.LOCAL), vip_port(LOCAL, port=53, transport=Transport.UDP)))
+    metrics = made.build({1: vip_stats(internal=(1,)), 3: vip_stats()}, {2: hop_stats(), 4: hop_stats(external=1)})
+    told = [
+        (attributes["server.port"], attributes["lb_hop.origin"], attributes["lb_hop.outcome"], value)
+        for attributes, _, value in points(metrics["lb_hop.connections"])
+    ]
+    assert told == [
+        (80, "internal", "dropped", 1),
+        (80, "external", "dropped", 0),
+        (80, "external", "no_endpoints", 0),
+        (80, "external", "no_local_endpoints", 0),
+        (53, "external", "dropped", 0),
+        (53, "external", "no_endpoints", 0),
+        (80, "external", "forwarded", 0),
+        (53, "external", "forwarded", 1),
+    ]
+    assert [
+        (attributes["server.port"], attributes["lb_hop.hop"], attributes["error.type"], value)
+        for attributes, _, value in points(metrics["lb_hop.handshake.failures"])
+    ] == [(80, "required", "refused", 0), (80, "required", "timeout", 0)]
 
 
 @pytest.mark.parametrize("transport", ["tcp", "udp", "sctp"])
@@ -236,8 +362,16 @@ def test_other_vip_attributes(transport: str) -> None:
     other: dict[str, Any] = {"name": "shop/api", "policy": Policy.LOCAL, "transport": Transport[transport.upper()]}
     made = Exporter(cluster(vip_port(LOCAL, address="fd00:10::1", port=443, **other)))
     metrics = made.build({1: vip_stats(external=(9,), retransmits=8)})
-    ((attributes, _, value),) = points(metrics["lb_hop.connections"])
-    assert value == 9
+    told = {
+        attributes["lb_hop.outcome"]: (value, attributes)
+        for attributes, _, value in points(metrics["lb_hop.connections"])
+    }
+    assert {outcome: value for outcome, (value, _) in told.items()} == {
+        "dropped": 9,
+        "no_endpoints": 0,
+        "no_local_endpoints": 0,
+    }
+    _, attributes = told["dropped"]
     assert attributes == {
         "lb_hop.outcome": "dropped",
         "lb_hop.origin": "external",
@@ -263,6 +397,7 @@ def test_failures_are_summed_over_the_backends_nodes(web: Exporter) -> None:
     metrics = web.build({}, hops)
     assert beyond(metrics["lb_hop.handshake.failures"]) == [
         ({"lb_hop.hop": "none", "error.type": "refused"}, 1),
+        ({"lb_hop.hop": "none", "error.type": "timeout"}, 0),
         ({"lb_hop.hop": "avoidable", "error.type": "refused"}, 22),
         ({"lb_hop.hop": "avoidable", "error.type": "timeout"}, 3),
     ]
@@ -295,7 +430,7 @@ def test_kinds_units_and_temporality(web: Exporter) -> None:
     """Counters are cumulative and monotonic, histograms cumulative, the rest gauges; units are UCUM."""
     full = hop_stats(1, 1, refused=1, reply_unseen=1, forward=histogram(1, b0=1), handshake=histogram(1, b0=1))
     stages = [Stage(name, signal, "", 2, 1, {"x": 1}, 0) for name, signal in (("queue", "logs"), ("queue", "metrics"))]
-    report = SelfReport((1,) * len(Event), stages, 1, 1.0, {"backends": (1, 2)}, {"ring": True}, NO_USAGE)
+    report = SelfReport((1,) * len(Event), stages, 1, 1.0, {"backends": (1, 2)}, {"ring": True}, NO_USAGE, 3)
     metrics = web.build({1: vip_stats()}, {2: full}, report)
     kinds = {name: (kind(metric), metric.unit) for name, metric in metrics.items()}
     assert kinds == {
@@ -320,7 +455,11 @@ def test_kinds_units_and_temporality(web: Exporter) -> None:
         "lb_hop.topology.age": ("gauge", "s"),
         "lb_hop.map.usage": ("gauge", "{entry}"),
         "lb_hop.map.limit": ("gauge", "{entry}"),
-        "lb_hop.part.healthy": ("gauge", "1"),
+        "lb_hop.cluster.nodes": ("gauge", "{node}"),
+        "lb_hop.metric.series": ("gauge", "{series}"),
+        "lb_hop.metric.series.limit": ("gauge", "{series}"),
+        "lb_hop.metric.series.summed": ("gauge", "{series}"),
+        "lb_hop.part.healthy": ("gauge", "{part}"),
         "process.cpu.time": ("sum", "s"),
         "process.memory.usage": ("sum", "By"),
     }
@@ -346,9 +485,9 @@ def test_start_times() -> None:
     starts = {}
     for attributes, start, _ in points(metrics["lb_hop.connections"]):
         starts[attributes.get("lb_hop.hop", attributes["lb_hop.outcome"])] = start
-    assert starts == {"dropped": START, "required": START, "avoidable": later}
+    assert starts == {"dropped": START, "no_endpoints": START, "required": START, "avoidable": later}
     for name in ("lb_hop.syn.retransmits", "lb_hop.handshake.failures", "lb_hop.forward.duration"):
-        assert [start for _, start, _ in points(metrics[name])] == [START]
+        assert {start for _, start, _ in points(metrics[name])} == {START}
     for name, start in (("lb_hop.events.dropped", COUNTING_START), ("process.cpu.time", AGENT_START)):
         assert {each for _, each, _ in points(metrics[name])} == {start}
     for name in ("lb_hop.vip.ports", "lb_hop.endpoints", "lb_hop.connections.pending"):
@@ -372,11 +511,17 @@ def test_retired_rows_are_still_told() -> None:
     made = Exporter(cluster(vip_port(LOCAL)))
     made.topology.replace(cluster(), NOW)
     metrics = made.build({1: vip_stats(retransmits=1)}, {2: hop_stats(external=3, refused=1)})
-    assert [value for _, value in beyond(metrics["lb_hop.connections"])] == [3]
-    assert [value for _, value in beyond(metrics["lb_hop.handshake.failures"])] == [1]
+    assert [value for _, value in happened(metrics["lb_hop.connections"])] == [3]
+    assert [value for _, value in happened(metrics["lb_hop.handshake.failures"])] == [1]
 
 
 _SUMS = ("lb_hop.handshake.failures", "lb_hop.replies.unseen", "lb_hop.forward.duration", "lb_hop.handshake.duration")
+
+
+def told_by_node(made: Exporter) -> list[str]:
+    """Name the backends' nodes of the forwarded connections that are told."""
+    connections = beyond(made.export()["lb_hop.connections"])
+    return [each["destination.k8s.node.name"] for each, _ in connections if each["lb_hop.outcome"] == "forwarded"]
 
 
 def test_a_forgotten_row_keeps_a_sum_from_falling() -> None:
@@ -396,19 +541,17 @@ def test_a_forgotten_row_keeps_a_sum_from_falling() -> None:
         "lb_hop.forward.duration": [(avoidable, (8e-6, (0, 3, 0, 1, *[0] * 18)))],
         "lb_hop.handshake.duration": [(avoidable, (9e-9, (10, *[0] * 21)))],
     }
-    nodes = [each.get("destination.k8s.node.name") for each, _ in beyond(made.export()["lb_hop.connections"])]
-    assert nodes == ["node1", "node2", "node3"]
+    assert told_by_node(made) == ["node1", "node2", "node3"]
     for state, left in ((vip_port(LOCAL, SECOND_REMOTE), ["node1", "node3"]), (vip_port(LOCAL), ["node1"])):
         made.go_over_to(cluster(state), NOW)
-        assert {name: beyond(made.export()[name]) for name in _SUMS} == sums
+        assert {name: happened(made.export()[name]) for name in _SUMS} == sums
         # By node it is told no more: that series ended with its row.
-        connections = beyond(made.export()["lb_hop.connections"])
-        assert [each.get("destination.k8s.node.name") for each, _ in connections] == left
+        assert told_by_node(made) == left
     for now in (NOW, NOW + SECOND):
         kernel.begin_anew()
         kernel.adopt(now)
         made = Exporter(cluster(vip_port(LOCAL)), kernel)
-        assert {name: beyond(made.export()[name]) for name in _SUMS} == sums
+        assert {name: happened(made.export()[name]) for name in _SUMS} == sums
         assert {start for name in _SUMS for _, start, _ in points(made.export()[name])} == {START}
 
 
@@ -418,13 +561,14 @@ def test_what_forgotten_rows_counted_goes_with_its_vip_port() -> None:
     made = Exporter(cluster(vip_port(LOCAL, REMOTE)), kernel)
     kernel.count_in_hop(3, 0, 5, 0, 5)
     made.go_over_to(cluster(vip_port(LOCAL)), NOW)
-    assert [value for _, _, value in points(made.export()["lb_hop.handshake.failures"])] == [5]
+    assert [value for _, value in happened(made.export()["lb_hop.handshake.failures"])] == [5]
     made.go_over_to(cluster(), NOW)
     later = NOW + KEEP_RETIRED_NS + SECOND
     made.go_over_to(cluster(vip_port(LOCAL, REMOTE)), later)
     assert "lb_hop.handshake.failures" not in made.export()
     kernel.count_in_hop(max(kernel.rows[1]), 0, 1, 0, 1)
-    assert [(start, value) for _, start, value in points(made.export()["lb_hop.handshake.failures"])] == [(later, 1)]
+    failures = points(made.export()["lb_hop.handshake.failures"])
+    assert [(start, value) for _, start, value in failures] == [(later, 0), (later, 0), (later, 1), (later, 0)]
 
 
 IN_RING = ("ring", "lb_hop.records.seen")
@@ -470,6 +614,9 @@ def test_self_metrics() -> None:
     assert told == {
         "lb_hop.events.dropped": dropped,
         "lb_hop.vip.ports": {"": 2},
+        "lb_hop.metric.series": {"": 0},
+        "lb_hop.metric.series.limit": {"": 20_000},
+        "lb_hop.metric.series.summed": {"": 0},
         "lb_hop.topology.age": {"": 1.5},
         "lb_hop.map.usage": {"vip_ports": 2, "backends": 5},
         "lb_hop.map.limit": {"vip_ports": 16_384, "backends": 262_144},
@@ -576,6 +723,14 @@ def test_every_event_is_told() -> None:
     assert reasons == {event.name.lower() for event in Event if not event.name.startswith("RECORD_")}
 
 
+def test_nodes_of_the_cluster() -> None:
+    """Told where a source names nodes, and nothing rather than a zero where none does."""
+    made = Exporter(cluster())
+    assert "lb_hop.cluster.nodes" not in made.build()
+    metric = made.build(report=EMPTY_REPORT._replace(cluster_nodes=3))["lb_hop.cluster.nodes"]
+    assert [(attributes, value) for attributes, _, value in points(metric)] == [({"k8s.node.name": "node1"}, 3)]
+
+
 def test_resource_and_scope(web: Exporter) -> None:
     """An export names its resource and scope, with the schema of the semantic conventions."""
     (resource,) = decoded(web.chunks()).resource_metrics
@@ -589,7 +744,7 @@ def test_points(web: Exporter) -> None:
     """Integers are integers up to the largest, bools stay bools, histograms have no min and max."""
     hops = {3: hop_stats(external=2**63 - 1, forward=histogram(3_000_000, b1=3, b21=1))}
     metrics = web.build({1: vip_stats(retransmits=2)}, hops)
-    (point,) = metrics["lb_hop.connections"].sum.data_points
+    (point,) = (point for point in metrics["lb_hop.connections"].sum.data_points if point.as_int)
     assert (point.as_int, point.start_time_unix_nano, point.time_unix_nano) == (2**63 - 1, START, NOW)
     values = {each.key: each.value for each in point.attributes}
     assert values["lb_hop.zone.crossed"].bool_value is True
@@ -604,7 +759,7 @@ def test_points(web: Exporter) -> None:
 def test_chunks_of_a_large_cluster() -> None:
     """No chunk is over 512 KiB, each is whole, knows its points and its bytes; together they tell every point once."""
     vips = (vip_port(LOCAL, REMOTE, address=f"10.1.{number // 250}.{number % 250}") for number in range(2_000))
-    large = Exporter(cluster(*vips))
+    large = Exporter(cluster(*vips), series=100_000)
     used = {number: vip_stats(external=(number,)) for number in large.topology.vips.by_id}
     hops = {number: hop_stats(forward=histogram(1, b0=number)) for number in large.topology.hops.by_id}
     chunks = large.chunks(used, hops)
@@ -619,7 +774,8 @@ def test_chunks_of_a_large_cluster() -> None:
             assert piece.unit
             told.setdefault(piece.name, []).append(len(points(piece)))
     assert {name: sum(counts) for name, counts in told.items() if len(counts) > 1} == {
-        "lb_hop.connections": 6_000,
+        "lb_hop.connections": 8_000,
+        "lb_hop.handshake.failures": 8_000,
         "lb_hop.forward.duration": 6_000,
         "lb_hop.syn.retransmits": 2_000,
         "lb_hop.connections.pending": 2_000,
@@ -661,16 +817,20 @@ REPORT = SelfReport(
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.tuples(st.sampled_from([1, 299, 301]), CLUSTERS), min_size=1, max_size=5), st.randoms())
-def test_any_history(steps: list[tuple[int, Cluster]], random: Random) -> None:
+@given(
+    st.lists(st.tuples(st.sampled_from([1, 299, 301]), CLUSTERS), min_size=1, max_size=5),
+    st.builds(MetricAttributes, st.booleans(), st.booleans(), st.booleans()),
+    st.randoms(),
+)
+def test_any_history(steps: list[tuple[int, Cluster]], told_attributes: MetricAttributes, random: Random) -> None:
     """In any history of topologies and counters names are ours, no two points are one series, none ever falls.
 
     And the bytes say what the SDK's encoder makes of the same points in the SDK's classes.
     """
-    kernel, now = Kernel(), START
+    kernel, now = kernel_for(told_attributes), START
     for each in (*kernel.maps.values(), kernel.names):
         each.limit = 1_000
-    exporter = Exporter(cluster(), kernel)
+    exporter = Exporter(cluster(), kernel, attributes=told_attributes)
     last: dict[tuple[str, frozenset[tuple[str, Any]]], tuple[int, list[float]]] = {}
     for seconds, state in steps:
         now += seconds * SECOND
@@ -700,7 +860,10 @@ def test_any_history(steps: list[tuple[int, Cluster]], random: Random) -> None:
             assert start > before_start or all(a >= b for a, b in zip(values, before, strict=True))
         last = told
         rows = exporter.topology.hops.by_id
-        forwarded = sum(sum(stats.forwarded) for number, stats in hops.items() if not rows[number].is_remainder)
+        # Whatever is told by node ends with the node.
+        by_node = told_attributes.destination_node
+        told_rows = (stats for number, stats in hops.items() if not (by_node and rows[number].is_remainder))
+        forwarded = sum(sum(stats.forwarded) for stats in told_rows)
         lost = sum(sum(map(sum, stats.unforwarded)) for stats in vips.values())
         connections = points(metrics["lb_hop.connections"]) if "lb_hop.connections" in metrics else []
         assert sum(value for _, _, value in connections) == forwarded + lost

@@ -489,14 +489,6 @@ def test_a_place_has_no_secret() -> None:
 class TestUnheeded:
     """What the metrics cannot be."""
 
-    def test_delta(self) -> None:
-        (line,) = unheeded({"OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE": "Delta"})
-        assert line == (
-            "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE=Delta is not heeded: "
-            "sums come cumulative from the kernel. "
-            "For delta, put the processor cumulativetodelta into the Collector's metrics pipeline."
-        )
-
     def test_exponential(self) -> None:
         name = "OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION"
         (line,) = unheeded({name: "base2_exponential_bucket_histogram"})
@@ -506,7 +498,7 @@ class TestUnheeded:
         assert not unheeded({})
         assert not unheeded(
             {
-                "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE": "CUMULATIVE",
+                "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE": "delta",
                 "OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION": " Explicit_Bucket_Histogram",
             }
         )

@@ -8,6 +8,9 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+from opentelemetry.proto.metrics.v1.metrics_pb2 import AGGREGATION_TEMPORALITY_DELTA
+from opentelemetry.sdk.metrics.export import AggregationTemporality
 from opentelemetry.sdk.resources import Resource
 
 from otel_lb_hop.config import Config
@@ -27,8 +30,9 @@ from otel_lb_hop.export.outlets import (
     make_record_outlets,
     make_sinks,
 )
+from otel_lb_hop.export.points import Kind
 from otel_lb_hop.export.record_content import Sampling
-from tests.unit.samples import LOCAL, NODE, REMOTE, cluster, record, vip_port
+from tests.unit.samples import LOCAL, NODE, REMOTE, cluster, hop_stats, record, vip_port, vip_stats
 
 if TYPE_CHECKING:
     from otel_lb_hop.core.layout import RawRecord
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
 RESOURCE = Resource({"service.name": "x"})
 ALL = Sampling.make(1.0)
 PATIENCE_SECONDS = 10.0
+CONNECTIONS = "lb_hop.connections"
 
 
 class KeepingSink:
@@ -222,6 +227,39 @@ def test_metrics(name: str) -> None:
     if name == "console":
         metrics = sink.chunks[0].payload.resource_metrics[0].scope_metrics[0].metrics
         assert points == sum(len(metric.data.data_points) for metric in metrics)
+
+
+@pytest.mark.parametrize("name", ["otlp", "console"])
+def test_metrics_as_deltas(name: str) -> None:
+    """The second export says what came since the first; the ledger has the points of the snapshots."""
+    topology = Topology(NODE)
+    topology.replace(cluster(vip_port(LOCAL)), 1)
+    report = SelfReport((0,) * len(Event), (), 1, 0.0, {}, {}, Usage(0.0, 0.0, 0))
+    sink = KeepingSink(name)
+    way = MetricsOutlet(sink, 1.0, RESOURCE, frozenset({Kind.COUNTER, Kind.HISTOGRAM}))
+    builder = MetricsBuilder(topology, NODE, 1, 1)
+    for now_ns, count in ((5, 7), (9, 10)):
+        way.offer(builder.build({1: vip_stats()}, {2: hop_stats(external=count)}, report), now_ns)
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while way.shipper.exported_ns != now_ns and time.monotonic() < deadline:
+            time.sleep(0.01)
+    way.shipper.close(time.monotonic() + PATIENCE_SECONDS)
+    told = []
+    for chunk in sink.chunks:
+        if name == "otlp":
+            request = ExportMetricsServiceRequest.FromString(chunk.group.wrap([chunk.payload]))
+            (metric,) = (m for m in request.resource_metrics[0].scope_metrics[0].metrics if m.name == CONNECTIONS)
+            assert metric.sum.aggregation_temporality == AGGREGATION_TEMPORALITY_DELTA
+            points = [(each.start_time_unix_nano, each.time_unix_nano, each.as_int) for each in metric.sum.data_points]
+        else:
+            metrics = chunk.payload.resource_metrics[0].scope_metrics[0].metrics
+            (data,) = (metric.data for metric in metrics if metric.name == CONNECTIONS)
+            assert data.aggregation_temporality is AggregationTemporality.DELTA
+            points = [(each.start_time_unix_nano, each.time_unix_nano, each.value) for each in data.data_points]
+        told.append([point for point in points if point[2]])
+    assert told == [[(1, 5, 7)], [(5, 9, 3)]]
+    queue, transport = way.stages()
+    assert queue.seen == transport.exported > sum(chunk.items for chunk in sink.chunks)
 
 
 def test_own_log() -> None:

@@ -33,7 +33,8 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from otel_lb_hop.errors import ConfigError, Problem
 from otel_lb_hop.export.backlog import Books
 from otel_lb_hop.export.delivery import Chunk, Reply, Sink
-from otel_lb_hop.export.sdk import make_sdk_sink
+from otel_lb_hop.export.points import Kind
+from otel_lb_hop.export.sdk import delta_kinds, make_sdk_sink
 from otel_lb_hop.export.shipper import Shipper
 
 if TYPE_CHECKING:
@@ -97,6 +98,21 @@ def test_names(make: Maker, signal: str, name: str) -> None:
     sink = make(signal, name)
     assert type(sink._exporter) is EXPORTERS[signal, name]
     assert sink.name == name
+
+
+@pytest.mark.parametrize("name", ["otlp_proto_grpc", "otlp_proto_http"])
+def test_deltas_that_an_exporter_wants(make: Maker, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The SDK's own OTLP reads the preference by itself; counters are observable ones."""
+    wanted = {"": set(), "cumulative": set(), "lowmemory": {Kind.HISTOGRAM}, "delta": {Kind.COUNTER, Kind.HISTOGRAM}}
+    for preference, kinds in wanted.items():
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", preference)
+        assert delta_kinds(make("metrics", name)) == kinds
+
+
+@pytest.mark.usefixtures("plugin")
+def test_an_exporter_without_a_preference(make: Maker) -> None:
+    """What says nothing of temporality gets everything cumulative."""
+    assert delta_kinds(make("metrics", "acme")) == delta_kinds(make("metrics", "console")) == set()
 
 
 def test_metrics_in_pieces(make: Maker) -> None:

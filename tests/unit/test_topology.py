@@ -606,6 +606,19 @@ def test_zone_of_a_node_learnt_later() -> None:
     assert (topology.zone_of(AWAY), hops_of(topology, told(topology))["10.100.3.2"].zone_crossed) == (None, None)
 
 
+def test_nodes_of_the_cluster() -> None:
+    """The API server's count where it has told any, since a file need not name all; None where nobody does."""
+    topology = Topology(NODE)
+    counts = [topology.cluster_nodes]
+    topology.replace(cluster(node1="zone-a", elsewhere="zone-b"), 0)
+    counts.append(topology.cluster_nodes)
+    topology.update_nodes(Source.API, {name: Node(name) for name in (NODE, "node2", "node3")}, 0)
+    counts.append(topology.cluster_nodes)
+    topology.update_nodes(Source.API, {"node3": None}, 0)
+    counts.append(topology.cluster_nodes)
+    assert counts == [None, 2, 3, 2]
+
+
 def test_own_node() -> None:
     """The node object of this node is the API server's, else the file's, else none."""
     topology = Topology(NODE)

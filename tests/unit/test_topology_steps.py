@@ -157,10 +157,10 @@ class Steps(RuleBasedStateMachine):
         gone = self.topology.forget_rows(self.now_ns - KEEP_RETIRED_NS, self.now_ns)
         for hop_id, into in gone.hops:
             self.kernel_hop_ids.discard(hop_id)
-            vip_id, hop, _, _ = rows[hop_id]
-            # What it had counted goes into the remainder of its class, or with its VIP port.
-            assert (into == 0) is (vip_id in gone.vip_ids)
-            assert into == 0 or self.topology.hops.by_id[into] == HopRow(vip_id, hop, None, None)
+            row = rows[hop_id]
+            # What it had counted goes into the remainder of those like it, or with its VIP port.
+            assert (into == 0) is (row.vip_id in gone.vip_ids)
+            assert into == 0 or self.topology.hops.by_id[into] == row._replace(node=None)
         self.kernel_vip_ids -= set(gone.vip_ids)
 
     @rule(every=st.integers(1, 3))
