@@ -40,7 +40,8 @@ class Prometheus(Server):
     """Use it as a context; it starts empty.
 
     `rules` are rule files, judged every `evaluation_interval`; `scrape` is a list as `scrape_configs` takes it, scraped
-    every `scrape_interval`; `otlp` is what stands under that key of its configuration; `settings` overrides whole keys.
+    every `scrape_interval`; `otlp` is what stands under that key of its configuration; `settings` overrides whole keys,
+    `flags` are more words of its command line.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Prometheus(Server):
         scrape_interval: str = "1s",
         otlp: Mapping[str, Any] | None = None,
         settings: Mapping[str, Any] | None = None,
+        flags: Sequence[str] = (),
     ) -> None:
         config = {
             "global": {
@@ -84,6 +86,7 @@ class Prometheus(Server):
                 "--web.enable-otlp-receiver",
                 "--web.enable-lifecycle",
                 "--log.level=warn",
+                *flags,
             ],
             ready="/-/ready",
         )
