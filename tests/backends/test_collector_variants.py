@@ -368,6 +368,7 @@ def test_compatibility(run: Run, variant: str) -> None:
         assert sample.labels["job"] == "lb-inter-node-exporter"
     # A page that is read anew every second is a point every second, connections or none: rate() has what it needs.
     points = run.prometheus.query(f'count_over_time({PICKED}{{k8s_cluster_name="{name_of(variant)}"}}[10s])')
+    assert len(points) == len(run.picked)
     assert all(point.value > 2 for point in points)
     # What a scrape tells of itself stays out.
     assert run.prometheus.query('up{job="lb_inter_node_exporter"}') == []
