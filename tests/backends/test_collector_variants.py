@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 
 from otel_lb_hop.model import Policy
-from tests.backends.collectors import COMPAT, Configured, signals
+from tests.backends.collectors import COMPAT, Configured, signals, variants
 from tests.backends.loki import Loki
 from tests.backends.prometheus import Prometheus
 from tests.backends.tempo import OTLP_HTTP_PORT, Tempo
@@ -60,7 +60,7 @@ PLACES = {
 """Variant → where on mgmt it listens."""
 FILE = "127.0.0.19"
 """Where file.yaml listens, the gateway of agent.yaml."""
-COMPATIBLE = ("prometheus.yaml", "prometheus-scrape.yaml")
+COMPATIBLE = ("prometheus.yaml", "prometheus-scrape.yaml", "prometheus-otlp.yaml", "all.yaml")
 METRICS = [variant for variant in PLACES if variant.startswith("prometheus") or variant == "all.yaml"]
 KEY = "s3cret: {not YAML"
 AGENT = {
@@ -229,6 +229,11 @@ def fan_out(places: Mapping[str, str]) -> dict[str, Any]:
             "telemetry": {"metrics": {"level": "none"}},
         },
     }
+
+
+def test_no_variant_is_left_out() -> None:
+    """Every file is at work here, but for balancer.yaml, which has a test with its gateways."""
+    assert {*PLACES, "file.yaml", "balancer.yaml"} == {*variants()}
 
 
 @pytest.mark.parametrize("variant", METRICS)
