@@ -96,12 +96,15 @@ class Configured:
 
     def own_metric(self, name: str, *parts: str) -> float:
         """Add up a metric of its own over the series whose labels have all these parts; 0 if there is none."""
-        lines = self._get(OWN_METRICS_PORT, "/metrics")[1].splitlines()
-        return sum(
+        return sum(self.page(OWN_METRICS_PORT, name, *parts))
+
+    def page(self, port: int, name: str, *parts: str) -> list[float]:
+        """Read the series of a metric, whose labels have all these parts, from the page on one of its ports."""
+        return [
             float(line.rpartition(" ")[2])
-            for line in lines
+            for line in self._get(port, "/metrics")[1].splitlines()
             if line.startswith((f"{name}{{", f"{name} ")) and all(part in line for part in parts)
-        )
+        ]
 
     def again(self) -> Self:
         """Start it again, after `stop` or `kill`."""

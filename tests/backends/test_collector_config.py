@@ -47,9 +47,14 @@ def test_valid_with_disk_queue(variant: str) -> None:
 @pytest.mark.collector
 @VARIANTS
 def test_valid_with_compatibility(variant: str) -> None:
-    """The counter of lb-inter-node-exporter goes with every file that has metrics; others have no way for it."""
+    """The old counter goes with every file that has metrics, with queues on disk too; others have no way for it."""
     found = validate(variant, COMPAT)
-    assert ("pipelines::metrics: must have at least one exporter" in found) == ("metrics" not in signals(variant))
+    if "metrics" in signals(variant):
+        assert found == ""
+        both = {"LB_HOP_QUEUE_STORAGE": "file_storage"}
+        assert validate(variant, DISK_QUEUE, COMPAT, settings=both) == ""
+    else:
+        assert "pipelines::metrics: must have at least one exporter" in found
 
 
 @pytest.mark.collector

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 
 from otel_lb_hop.model import Policy
-from tests.backends.collectors import COMPAT, Configured, signals
+from tests.backends.collectors import COMPAT, Configured, signals, variants
 from tests.backends.loki import Loki
 from tests.backends.prometheus import Prometheus
 from tests.backends.tempo import OTLP_HTTP_PORT, Tempo
@@ -60,7 +60,7 @@ PLACES = {
 """Variant → where on mgmt it listens."""
 FILE = "127.0.0.19"
 """Where file.yaml listens, the gateway of agent.yaml."""
-COMPATIBLE = ("prometheus.yaml", "prometheus-scrape.yaml")
+COMPATIBLE = ("prometheus.yaml", "prometheus-scrape.yaml", "prometheus-otlp.yaml", "all.yaml")
 METRICS = [variant for variant in PLACES if variant.startswith("prometheus") or variant == "all.yaml"]
 KEY = "s3cret: {not YAML"
 AGENT = {
@@ -231,6 +231,11 @@ def fan_out(places: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
+def test_no_variant_is_left_out() -> None:
+    """Every file is at work here, but for balancer.yaml, which has a test with its gateways."""
+    assert {*PLACES, "file.yaml", "balancer.yaml"} == {*variants()}
+
+
 @pytest.mark.parametrize("variant", METRICS)
 def test_metrics(run: Run, variant: str) -> None:
     """Remote write, scrape and OTLP give the same series: 23 are 23, and the cluster is a label of each."""
@@ -368,6 +373,7 @@ def test_compatibility(run: Run, variant: str) -> None:
         assert sample.labels["job"] == "lb-inter-node-exporter"
     # A page that is read anew every second is a point every second, connections or none: rate() has what it needs.
     points = run.prometheus.query(f'count_over_time({PICKED}{{k8s_cluster_name="{name_of(variant)}"}}[10s])')
+    assert len(points) == len(run.picked)
     assert all(point.value > 2 for point in points)
     # What a scrape tells of itself stays out.
     assert run.prometheus.query('up{job="lb_inter_node_exporter"}') == []
