@@ -149,13 +149,13 @@ class Deltas:
 
     def _points(self, metric: Metric, keys: Iterable[bytes], now_ns: int) -> Iterator[Point]:
         for key, point in zip(keys, metric.points, strict=True):
-            own, beyond, _, value = point
+            own, beyond, start_ns, value = point
             told = self._told.get(key)
+            # The wall clock may have been set back.
             if told is None:
-                yield point
+                yield own, beyond, min(start_ns, now_ns), value
             elif not _same(value, told):
-                # The wall clock may have been set back.
-                yield own, beyond, min(told.time_ns, now_ns), _less(value, told)
+                yield own, beyond, min(told.time_ns, now_ns), value if _fell(value, told) else _less(value, told)
 
     def deliver(self, part: Part) -> bool:
         """Take note that the deltas of a part were taken; answers whether the memory had room for that."""
@@ -193,6 +193,13 @@ def _told(now_ns: int, value: float | Histogram) -> Delivered:
 
 def _same(value: float | Histogram, told: Delivered) -> bool:
     return value.words == told.words if isinstance(value, Histogram) else value == told.number
+
+
+def _fell(value: float | Histogram, told: Delivered) -> bool:
+    """Whether it began anew: the sum beyond the bound on series, if it is not known what an agent before summed."""
+    if isinstance(value, Histogram):
+        return any(map(int.__lt__, value.buckets, Histogram(0, told.words).buckets))
+    return value < told.number
 
 
 def _less(value: float | Histogram, told: Delivered) -> int | float | Histogram:

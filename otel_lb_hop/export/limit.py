@@ -8,6 +8,7 @@ the others theirs. Gauges come last: they get what counters leave, anew each tim
 
 from __future__ import annotations
 
+from contextlib import suppress
 from hashlib import blake2b
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias, cast
 
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 _Key: TypeAlias = tuple[bytes, bytes]
 _Value: TypeAlias = int | float | Histogram
 _SETTING = bytes(DELIVERED_KEY_BYTES)
-"""The key of the bound by which it was decided, and of the time from which on sums count."""
+"""The key of the settings by which it was decided, and of the time from which on sums count."""
+_INCOMPLETE = 0
+"""In place of the settings: not all that is summed could be noted."""
 
 
 class SeriesUsage(NamedTuple):
@@ -47,16 +50,20 @@ class Limit:
         common: Mapping[str, str],
         *,
         metrics: int,
+        attributes: tuple[bool, ...] = (),
         since_ns: int,
         now_ns: int,
         open_memory: Callable[[bool], Memory | None] = lambda _: None,
     ) -> None:
         """Hold as many `metrics` as there may be to `points`.
 
-        What is summed counts since `since_ns`, or, if another bound held before, since now. `common` are attributes of
-        every point; `open_memory` opens what an agent before this one noted, or makes it if told to.
+        What is summed counts since `since_ns`, or since now, if another bound held before, if other `attributes` were
+        told, or if what was summed could not be noted. `common` are attributes of every point; `open_memory` opens what
+        an agent before this one noted, or makes it if told to.
         """
         self._points = points
+        # One bit each; the bound is never 0, and neither is this.
+        self._setting = points << len(attributes) | sum(told << bit for bit, told in enumerate(attributes))
         self._room = points - metrics
         self._most = (self._room + 1) // 2
         self._labels = Labels(dict, common)
@@ -64,7 +71,7 @@ class Limit:
         self._open_memory = open_memory
         self._memory = open_memory(False)  # noqa: FBT003 - not to make it
         self._tried = False
-        self._own: dict[str, set[_Key]] = {}
+        self._own: dict[str, list[tuple[Labels, Labels]]] = {}
         self._summed: dict[str, dict[_Key, _Value]] = {}
         self._gone: dict[str, _Value] = {}
         self._noted: set[bytes] = set()
@@ -78,12 +85,12 @@ class Limit:
     def _go_on(self, memory: Memory, now_ns: int) -> None:
         entries = {key: unpack_delivered(value) for key, value in memory.items()}
         setting = entries.pop(_SETTING, None)
-        if setting is None or setting.number != self._points:
-            # Under another bound other series are summed: that is another sum.
+        if setting is None or setting.number != self._setting:
+            # Then other series are summed: that is another sum.
             for key in entries:
                 memory.delete(key)
             self._since_ns = now_ns
-            self._note_setting(memory)
+            self._note_setting()
             return
         self._since_ns = setting.time_ns
         for key, value in entries.items():
@@ -92,8 +99,8 @@ class Limit:
             else:
                 self._noted.add(key)
 
-    def _note_setting(self, memory: Memory) -> None:
-        memory.put(_SETTING, pack_delivered(Delivered(self._since_ns, self._points, b"")))
+    def _note_setting(self) -> None:
+        self._put(_SETTING, Delivered(self._since_ns, self._setting, b""))
 
     @property
     def usage(self) -> SeriesUsage:
@@ -116,30 +123,37 @@ class Limit:
                 self._memory.delete(key)
         self._noted.clear()
 
-    def _hold(self, metric: Metric) -> Iterator[Point]:
+    def _hold(self, metric: Metric) -> list[Point]:
         name = metric.instrument.name
-        own, summed = self._own.get(name, set()), self._summed.get(name, {})
-        seen: set[_Key] = set()
+        points = list(metric.points)
+        before, summed = self._own.get(name, []), self._summed.get(name, {})
+        left = min(self._most - len(before), self._free)
+        if len(points) <= len(before) + left and not (summed or self._noted or self._carried or name in self._gone):
+            # As nearly always: there is room for all.
+            self._free -= len(points) - len(before)
+            self._own[name] = [point[:2] for point in points]
+            return points
+        own = {(labels.identity, beyond.identity) for labels, beyond in before}
         still: dict[_Key, _Value] = {}
-        left = self._most - len(own)
-        for point in metric.points:
+        through: list[Point] = []
+        for point in points:
             key = point[0].identity, point[1].identity
             if key not in own:
-                if key in summed or self._is_to_sum(name, key, full=left <= 0 or self._free <= 0):
+                if key in summed or self._is_to_sum(name, key, full=left <= 0):
                     still[key] = point[3]
                     continue
                 left -= 1
                 self._free -= 1
-            seen.add(key)
-            yield point
-        self._own[name], self._summed[name] = seen, still
+            through.append(point)
+        self._own[name], self._summed[name] = [point[:2] for point in through], still
         for key in summed.keys() - still.keys():
             self._keep(name, key, summed[key])
         total = self._total_gone(name, still)
         for value in still.values():
             total = value if total is None else _added(total, value)
         if total is not None:
-            yield self._labels, self._summed_labels, self._since_ns, total
+            through.append((self._labels, self._summed_labels, self._since_ns, total))
+        return through
 
     def _let_through(self, metric: Metric) -> Iterator[Point]:
         own = summed = total = 0
@@ -165,8 +179,7 @@ class Limit:
         if self._memory is None and not self._tried:
             self._tried = True
             self._memory = self._open_memory(True)  # noqa: FBT003 - to make it
-            if self._memory is not None:
-                self._note_setting(self._memory)
+            self._note_setting()
         self._put(_digest(name, key), Delivered(0, 0, b""))
         return True
 
@@ -193,7 +206,9 @@ class Limit:
         try:
             self._memory.put(key, pack_delivered(value))
         except OSError:
-            return  # no room: an agent after this one decides by itself
+            # An agent after this one would sum others. An entry that is there can be written without room.
+            with suppress(OSError):
+                self._memory.put(_SETTING, pack_delivered(Delivered(self._since_ns, _INCOMPLETE, b"")))
 
 
 def _digest(name: str, key: _Key = (b"", b"")) -> bytes:

@@ -193,6 +193,7 @@ class MetricsBuilder:
             series,
             common,
             metrics=_METRICS_OF_VIP_PORTS,
+            attributes=attributes,
             since_ns=counting_since_ns,
             now_ns=started_ns,
             open_memory=open_memory,

@@ -328,3 +328,28 @@ def test_a_clock_that_was_set_back() -> None:
     assert [(told.start_ns, told.time_ns) for told in server.deltas["c", 0]] == [
         (1_000, 5_000), (3_000, 3_000), (3_000, 6_000),
     ]  # fmt: skip
+
+
+def test_a_clock_that_was_set_back_before_a_row_was_told() -> None:
+    """Also the first interval of a series does not end before it begins."""
+    counted, server = Counted(), Server()
+    counted.start_ns[0] = 4_000
+    counted.count(0, 0, 1)
+    way = Way(server, None)
+    way.offer(counted.metrics(), 3_000)
+    way.send_all()
+    assert server.deltas["c", 0] == [Told(3_000, 3_000, 1, ())]
+
+
+def test_a_sum_that_began_anew() -> None:
+    """What has less than it was told with is told whole: a negative number of connections is none."""
+    counted, server, memory = Counted(), Server(), Memory()
+    for now_ns, times in ((2_000, 9), (3_000, -5), (4_000, 1)):
+        counted.count(0, 3, times)
+        way = Way(server, memory)
+        way.offer(counted.metrics(), now_ns)
+        way.send_all()
+    for name in ("c", "h"):
+        assert [(each.start_ns, each.time_ns, each.value) for each in server.deltas[name, 0]] == [
+            (1_000, 2_000, 9), (2_000, 3_000, 4), (3_000, 4_000, 1),
+        ]  # fmt: skip

@@ -30,12 +30,15 @@ SINCE, NOW = 5, 1_000
 OVERFLOW = {"k8s.node.name": "node1", "otel.metric.overflow": True}
 
 
-def make(points: int, memory: Memory | None = None, now_ns: int = NOW) -> Limit:
+def make(
+    points: int, memory: Memory | None = None, now_ns: int = NOW, attributes: tuple[bool, ...] = (False, True)
+) -> Limit:
     """Make a bound for three metrics; a memory is found, and made, where the test has one."""
     return Limit(
         points,
         {"k8s.node.name": "node1"},
         metrics=3,
+        attributes=attributes,
         since_ns=SINCE,
         now_ns=now_ns,
         open_memory=lambda make: memory if make or (memory and memory.entries) else None,
@@ -181,3 +184,32 @@ def test_no_room_to_note() -> None:
         assert points["c", 0] == (SINCE, count)
         assert points["c", None] == (SINCE, 11)
         assert points["h", None] == (SINCE, 11 + count)
+
+
+def test_other_attributes() -> None:
+    """Where other attributes are told, the same connections are other series: the sums begin anew, and none falls."""
+    memory = Memory()
+    assert told(make(5, memory).hold(snapshot({0: 1, 1: 2, 2: 300})))["c", None] == (SINCE, 302)
+    points = told(make(5, memory, attributes=(True, True)).hold(snapshot({5: 200, 6: 103})))
+    assert points["c", None] == (NOW, 103)
+    assert told(make(5, memory, NOW + 1, (True, True)).hold(snapshot({5: 200, 6: 103}))) == points
+
+
+def test_notes_that_are_not_whole() -> None:
+    """If not all that is summed could be noted, the next agent may sum other series: its sums have their own start."""
+    memory = Memory(limit=4)
+    points = told(make(5, memory).hold(snapshot({0: 100, 1: 200, 2: 300, 3: 400})))
+    assert (points["c", None], points["h", None]) == ((SINCE, 900), (SINCE, 900))
+    points = told(make(5, memory).hold(snapshot({3: 400, 2: 300, 1: 200, 0: 100})))
+    assert (points["c", 3], points["c", None]) == ((SINCE, 400), (NOW, 600))
+    assert (points["h", 3], points["h", None]) == ((SINCE, 400), (NOW, 600))
+
+
+def test_a_place_that_is_left() -> None:
+    """What is gone leaves its place to what is new in the same export; the bound holds."""
+    limit = make(9)
+    told(limit.hold(snapshot({0: 1, 1: 2, 2: 3})))
+    points = told(limit.hold(snapshot({3: 9, 1: 2, 2: 3})))
+    assert points["c", 3] == (SINCE, 9)
+    assert ("c", None) not in points
+    assert len(points) <= 9
