@@ -131,11 +131,6 @@ class Deltas:
             if key.startswith(self._tag):
                 self._told[key[_TAG_BYTES:]] = unpack_delivered(value)
 
-    @property
-    def series(self) -> int:
-        """How many series it knows of."""
-        return len(self._told)
-
     def since_told(self, part: Part) -> list[Metric]:
         """Make the deltas of a part; what is cumulative in it stays as it is."""
         if part.everything is not self._everything:
