@@ -18,6 +18,7 @@ from deploy.grafana.promql import (
     HANDSHAKE,
     RETRANSMITS,
     SERVICE,
+    TOLD_APART,
     UNFORWARDED,
     UNSEEN,
     VIP,
@@ -38,7 +39,7 @@ from deploy.grafana.promql import (
 if TYPE_CHECKING:
     from grafana_foundation_sdk.models.dashboard import Dashboard
 
-CHOSEN = ('k8s_node_name="$node"',)
+CHOSEN = ('k8s_node_name="$node"', TOLD_APART)
 SLOW = (
     '{ resource.service.name = "otel-lb-hop" && span.k8s.node.name = "$node"'
     " && span.lb_hop.handshake.duration > 0.0 && duration > $slow }"

@@ -20,6 +20,7 @@ from deploy.grafana.promql import (
     NODE,
     NODES,
     SERVICE,
+    TOLD_APART,
     UNFORWARDED,
     VIP,
     ZONES_KNOWN,
@@ -38,7 +39,7 @@ from deploy.grafana.promql import (
 if TYPE_CHECKING:
     from grafana_foundation_sdk.models.dashboard import Dashboard
 
-CHOSEN = ('k8s_namespace_name=~"$namespace"', 'k8s_service_name=~"$service"')
+CHOSEN = ('k8s_namespace_name=~"$namespace"', 'k8s_service_name=~"$service"', TOLD_APART)
 BY_NODE = f"{VIP}, {NODE}"
 TAKING_NODES = f"count by ({VIP}) ({taken_in(BY_NODE, *CHOSEN)} > 0)"
 
@@ -48,7 +49,7 @@ _CELLS = {
     "k8s_service_name": parts.service_link(parts.cell("k8s_namespace_name"), parts.cell("k8s_service_name")),
     "k8s_node_name": parts.node_link(parts.cell("k8s_node_name")),
 }
-_LOST = parts.lost_of("${cluster:regex}", "${namespace:regex}", "${service:regex}")
+_LOST = parts.lost_of("${cluster:pipe}", "${namespace:pipe}", "${service:pipe}")
 _OUTCOME = parts.field("lb_hop_outcome")
 _ERROR = parts.field("error_type")
 _NO_CONNECTIONS = "No connection came in at these Services' VIPs in this time"

@@ -175,7 +175,7 @@ def make(
         .timezone("browser")
         .tooltip(models.DashboardCursorSync.CROSSHAIR)
         .variables([*_data_sources(), cluster, *variables])
-        .links([_dashboard_link(other) for other in TITLES if other != uid])
+        .links([_dashboard_link(other, one_chosen=uid in {SERVICE, NODE}) for other in TITLES if other != uid])
     )
     for title, panels in rows.items():
         builder = builder.with_row(dashboard.Row(title))
@@ -378,12 +378,14 @@ def log_lines(about: About, expr: str, w: int = 24) -> logs_builders.Panel:
 
 
 def traces(about: About, traceql: str, w: int = 24) -> table.Panel:
-    """Show traces that a query finds; a trace's id opens it."""
-    to_logs = explore_logs("Log record", f'{RECORDS} | trace_id="${{__value.raw}}"').build()
+    """Show traces that a query finds; a trace's id opens it, its name leads to its log record."""
+    # On the name: a link on the trace's id would take the place of the data source's own, which opens the trace.
+    # Tempo leaves out the zeros that an id begins with.
+    to_logs = explore_logs("Log record", f'{RECORDS} | trace_id=~"0*${{__data.fields.traceID}}"').build()
     return (
         _dress(table.Panel(), about, TEMPO, w, 8)
         .filterable(filterable=True)
-        .override_by_name("traceID", [models.DynamicConfigValue("links", [to_logs])])
+        .override_by_name("traceName", [models.DynamicConfigValue("links", [to_logs])])
         .with_target(
             tempo_builders.TempoQuery()
             .datasource(TEMPO)
@@ -435,25 +437,23 @@ def _data_sources() -> list[Builder[models.VariableModel]]:
     ]
 
 
-_CARRIED = "&".join(
-    f"${{{name}}}"
-    for name in (
-        "prometheus:queryparam",
-        "loki:queryparam",
-        "tempo:queryparam",
-        "cluster:queryparam",
-        "__url_time_range",
-    )
-)
+_KEPT = [f"${{{name}:queryparam}}" for name in ("prometheus", "loki", "tempo", "cluster")]
+"""What all dashboards have."""
+_CARRIED = "&".join((*_KEPT, "${__url_time_range}"))
 
 
-def _dashboard_link(uid: str) -> dashboard.DashboardLink:
+def _dashboard_link(uid: str, *, one_chosen: bool) -> dashboard.DashboardLink:
+    """Link to a dashboard, with all variables from where one value of each is chosen.
+
+    All or several would stand where one is asked for: Grafana keeps what a link says though it is none of the values.
+    """
+    carried = "" if one_chosen else "?" + "&".join(_KEPT)
     return (
         dashboard.DashboardLink(TITLES[uid].split(" / ")[1])
         .type(models.DashboardLinkType.LINK)
         .icon("dashboard")
-        .url(f"/d/{uid}")
-        .include_vars(include_vars=True)
+        .url(f"/d/{uid}{carried}")
+        .include_vars(include_vars=one_chosen)
         .keep_time(keep_time=True)
     )
 

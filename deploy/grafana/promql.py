@@ -12,6 +12,8 @@ HANDSHAKE = "lb_hop_handshake_duration_seconds_bucket"
 
 CLUSTER = 'k8s_cluster_name=~"$cluster"'
 """The Collector's configurations add this label where agents have a k8s.cluster.name; all is also what has none."""
+TOLD_APART = 'otel_metric_overflow=""'
+"""What is beyond the agents' bound on series is one sum, without a Service or an outcome: `!=` would match it."""
 EXTERNAL = 'lb_hop_origin="external"'
 FORWARDED = 'lb_hop_outcome="forwarded"'
 UNFORWARDED = 'lb_hop_outcome!="forwarded"'

@@ -308,7 +308,7 @@ def _times() -> list[parts.AnyPanel]:
 
 def _loss() -> list[parts.AnyPanel]:
     nothing = "Nothing is lost: no such connection in this time"
-    records = [parts.explore_logs("Log records", parts.lost_of("${cluster:regex}", "${namespace}", "${service}"))]
+    records = [parts.explore_logs("Log records", parts.lost_of("${cluster:pipe}", "${namespace}", "${service}"))]
     return [
         parts.graph(
             About(

@@ -81,7 +81,8 @@ def explored(links: list[Json]) -> list[str]:
 def fill(text: str, values: Mapping[str, str | list[str] | All]) -> str:
     """Put the values of variables into a query; what is no variable's name stays.
 
-    One value is written into a string in quotes, several are made a regular expression in one.
+    One value is written into a string in quotes, several are made a regular expression in one, or joined if the
+    variable says `:pipe`.
     """
 
     def value(match: re.Match[str]) -> str:
@@ -92,6 +93,8 @@ def fill(text: str, values: Mapping[str, str | list[str] | All]) -> str:
             return chosen.value
         if isinstance(chosen, str):
             return chosen.replace("\\", "\\\\").replace('"', '\\"')
+        if match[3] == "pipe":
+            return "|".join(chosen)
         escaped = [_escaped(each) for each in chosen]
         return escaped[0] if len(escaped) == 1 else f"({'|'.join(escaped)})"
 

@@ -104,7 +104,7 @@ def words(scene: Scene, service: str) -> dict[str, str]:
             f'{{ span.client.address = "{fate.client[0]}" && span.client.port = {fate.client[1]} }}',
             scene.started,
             scene.ended,
-        )[0].trace_id,
+        )[0].trace_id.lstrip("0"),  # as Tempo tells it
     }
 
 

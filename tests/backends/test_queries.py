@@ -138,7 +138,7 @@ def _(scene: Scene, answer: Answer) -> None:
 
 @expects("node-to-node")
 def _(scene: Scene, answer: Answer) -> None:
-    fates = scene.truth.select(service="default/web", outcome="forwarded")
+    fates = scene.truth.select(service="default/web", outcome="forwarded", origin="external")
     check_counts(
         answer.values("k8s_node_name", "destination_k8s_node_name", "lb_hop_hop"),
         tally(fates, lambda fate: (fate.node, str(fate.destination_node), str(fate.hop))),
@@ -147,8 +147,8 @@ def _(scene: Scene, answer: Answer) -> None:
 
 @expects("zone-crossed-share")
 def _(scene: Scene, answer: Answer) -> None:
-    forwarded = Counter(map(named, scene.truth.select(outcome="forwarded")))
-    crossed = tally(scene.truth.select(zone_crossed=True), lambda fate: (named(fate),))
+    forwarded = Counter(map(named, scene.truth.select(outcome="forwarded", origin="external")))
+    crossed = tally(scene.truth.select(zone_crossed=True, origin="external"), lambda fate: (named(fate),))
     check_shares(answer.values("k8s_service_name"), crossed, lambda key: forwarded[key[0]])
 
 

@@ -75,6 +75,7 @@ ATTRIBUTES = {
     if re.match(r"(?!METRIC|EVENT|SPAN|SCOPE|SERVICE_NAME|SCHEMA)[A-Z]", name)
 }
 LABELS = {name.replace(".", "_") for name in ATTRIBUTES} | {"le", "job", "instance", "k8s_cluster_name"}
+LABELS.add(semconv.METRIC_OVERFLOW.replace(".", "_"))
 
 
 def test_the_files_are_what_their_source_makes() -> None:
@@ -180,13 +181,17 @@ def test_a_query_names_what_the_agent_tells(dashboard: Json) -> None:
 
 
 CHOSEN = {
-    "otel-lb-hop-overview": {'k8s_namespace_name=~"$namespace"', 'k8s_service_name=~"$service"'},
+    "otel-lb-hop-overview": {
+        'k8s_namespace_name=~"$namespace"',
+        'k8s_service_name=~"$service"',
+        'otel_metric_overflow=""',
+    },
     "otel-lb-hop-service": {
         'k8s_namespace_name="$namespace"',
         'k8s_service_name="$service"',
         'server_address=~"$vip"',
     },
-    "otel-lb-hop-node": {'k8s_node_name="$node"'},
+    "otel-lb-hop-node": {'k8s_node_name="$node"', 'otel_metric_overflow=""'},
     "otel-lb-hop-agents": {'k8s_node_name=~"$node"'},
 }
 CLUSTER = 'k8s_cluster_name=~"$cluster"'
@@ -253,17 +258,33 @@ def test_no_interval_is_shorter_than_that_of_the_agents_exports(dashboard: Json)
                 assert target["interval"] == "1m"
 
 
+KEPT = ("prometheus", "loki", "tempo", "cluster")
+"""What all dashboards let one choose."""
+ONE_ELSEWHERE = {
+    name
+    for dashboard in DASHBOARDS.values()
+    for name, variable in grafana.variables(dashboard).items()
+    if variable["type"] == "query" and not variable.get("multi")
+}
+
+
 @every_dashboard
 def test_links_lead_to_dashboards_that_are_there_and_take_along_what_was_chosen(dashboard: Json) -> None:
     """Follow every link: to a dashboard with those variables, or to a query of known fields."""
-    assert {link["url"] for link in dashboard["links"]} == {
-        f"/d/{uid}" for uid in DASHBOARDS if uid != dashboard["uid"]
-    }
-    assert all(link["includeVars"] and link["keepTime"] for link in dashboard["links"])
+    paths = [urlsplit(link["url"]).path for link in dashboard["links"]]
+    assert {*paths} == {f"/d/{uid}" for uid in DASHBOARDS if uid != dashboard["uid"]}
+    several = any(each.get("multi") for name, each in grafana.variables(dashboard).items() if name in ONE_ELSEWHERE)
+    for link in dashboard["links"]:
+        assert link["keepTime"]
+        # Grafana does not check a value that comes by a link: $__all would be the name of the one Service.
+        assert link["includeVars"] is not several
+        if several:
+            assert urlsplit(link["url"]).query.split("&") == [f"${{{name}:queryparam}}" for name in KEPT]
     found = list(_links(dashboard["panels"]))
     assert found
     for link in found:
         assert "%24" not in link["url"], "Grafana would not see a variable there"
+        assert ":regex}" not in link["url"], "a backslash of it would be no JSON within the query"
         url = urlsplit(link["url"])
         if url.path == "/explore":
             (panes,) = parse_qs(url.query)["panes"]
@@ -276,13 +297,7 @@ def test_links_lead_to_dashboards_that_are_there_and_take_along_what_was_chosen(
             asked = {name.removeprefix("var-") for name in re.findall(r"var-\w+", url.query)}
             assert asked
             assert asked <= grafana.variables(other).keys()
-            for kept in (
-                "${prometheus:queryparam}",
-                "${loki:queryparam}",
-                "${tempo:queryparam}",
-                "${cluster:queryparam}",
-                "${__url_time_range}",
-            ):
+            for kept in (*(f"${{{name}:queryparam}}" for name in KEPT), "${__url_time_range}"):
                 assert kept in link["url"]
 
 
@@ -327,11 +342,15 @@ def test_variables_are_filled_in_as_grafana_does() -> None:
         "one": ["10.0.10.0"],
         "namespace": All(".*"),
         "quoted": 'a"b\\c',
+        "joined": ["prod.eu", "prod.us"],
         "__range": "3600s",
     }
-    text = 'x{a="$service", b=~"${vip}", c=~"$one", d=~"$namespace", e="$quoted", f="$1"}[$__range]'
+    text = (
+        'x{a="$service", b=~"${vip}", c=~"$one", d=~"$namespace", e="$quoted", f="$1", g=~"${joined:pipe}"}[$__range]'
+    )
     assert grafana.fill(text, values) == (
-        r'x{a="web", b=~"(10\\.0\\.10\\.0|fd00:10::1)", c=~"10\\.0\\.10\\.0", d=~".*", e="a\"b\\c", f="$1"}[3600s]'
+        r'x{a="web", b=~"(10\\.0\\.10\\.0|fd00:10::1)", c=~"10\\.0\\.10\\.0", d=~".*", e="a\"b\\c", f="$1"'
+        ', g=~"prod.eu|prod.us"}[3600s]'
     )
 
 
