@@ -101,6 +101,41 @@ def test_an_l2_vip_that_is_listed_needs_no_history(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+# Two nodes that are to have no agent, three with one, one of which leaves the cluster; then one agent is gone.
+WITHOUT_AGENT = """
+rule_files: [rules.yaml]
+evaluation_interval: 1m
+tests:
+  - name: a control plane without agents
+    interval: 1m
+    input_series:
+      - {series: 'lb_hop_cluster_nodes{k8s_node_name="node1"}', values: 5x20 4x99}
+      - {series: 'lb_hop_vip_ports{k8s_node_name="node1"}', values: 8x119}
+      - {series: 'lb_hop_vip_ports{k8s_node_name="node2"}', values: 8x59 _x60}
+      - {series: 'lb_hop_vip_ports{k8s_node_name="node3"}', values: 8x19 _x100}
+    promql_expr_test:
+      - eval_time: 59m
+        expr: ALERTS{alertname=~"LbHopAgent.+", alertstate="firing"}
+      - eval_time: 90m
+        expr: count by (alertname, k8s_node_name) (ALERTS{alertname=~"LbHopAgent.+", alertstate="firing"})
+        exp_samples:
+          - {labels: '{alertname="LbHopAgentGone", k8s_node_name="node2"}', value: 1}
+          - {labels: '{alertname="LbHopAgentsMissing"}', value: 1}
+"""
+
+
+@pytest.mark.prometheus
+def test_nodes_that_are_to_have_no_agent_are_nobody_missing(tmp_path: Path) -> None:
+    """Set as the guide says, for both alerts."""
+    setting = "record: cluster:lb_hop_nodes_without_agent:threshold\n        expr: vector(0)"
+    rules = rule_files.RULES.read_text(encoding="utf-8")
+    assert rules.count(setting) == 1
+    (tmp_path / "rules.yaml").write_text(rules.replace(setting, setting.replace("(0)", "(2)")), encoding="utf-8")
+    (tmp_path / "rules_test.yaml").write_text(WITHOUT_AGENT, encoding="utf-8")
+    done = _promtool("test", "rules", tmp_path / "rules_test.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_every_alert_is_unit_tested(document: Document) -> None:
     """With a moment at which it fires, one at which it does not, and a check of its texts."""
     fires: set[str] = set()
@@ -236,7 +271,7 @@ def test_quick_motion_divides_durations_and_nothing_else(document: Document) -> 
 _WORDS_OF_PROMQL = {
     *("and", "or", "unless", "by", "on", "group_left", "offset"),
     *("avg", "count", "group", "max", "quantile", "sum"),
-    *("count_over_time", "last_over_time", "min_over_time", "quantile_over_time"),
+    *("count_over_time", "last_over_time", "max_over_time", "min_over_time", "quantile_over_time"),
     *("abs", "absent", "increase", "vector"),
 }
 
