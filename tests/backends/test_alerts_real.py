@@ -390,4 +390,4 @@ def test_texts_name_what_is_at_fault(course: Course) -> None:
     assert "node1 " in two
     assert "node2 " in two
     assert "The agent on node3 is gone" in gone
-    assert "on node2, in ten minutes" in silent
+    assert "on node2, at most in ten minutes" in silent
