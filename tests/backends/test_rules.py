@@ -170,17 +170,19 @@ def test_kustomizations_name_files_that_exist() -> None:
 
 
 def test_names_are_those_of_the_contract(document: Document) -> None:
-    """Every metric and label that a rule asks for is told by the agent, or recorded before it is asked for."""
+    """Every metric and label that a rule asks for is told by the agent, or recorded: in its own group before it is asked."""
     told = {name.replace(".", "_") for name in vars(semconv).values() if isinstance(name, str)}
-    recorded: set[str] = set()
-    for rule in rule_files.rules_of(document):
-        metrics, labels = _names(rule["expr"])
-        for metric in metrics:
-            assert metric in recorded or SUFFIX.sub("", metric) in told, (rule, metric)
-        assert labels <= told | OF_OTHERS | OF_PROMETHEUS, rule
-        if "record" in rule:
-            recorded.add(rule["record"])
-            assert re.fullmatch(r"[a-z0-9_]+:lb_hop_[a-z0-9_]+:[a-z0-9_]+", rule["record"])
+    own = [{rule["record"] for rule in group["rules"] if "record" in rule} for group in document["groups"]]
+    for number, group in enumerate(document["groups"]):
+        recorded = set().union(*own[:number], *own[number + 1 :])
+        for rule in group["rules"]:
+            metrics, labels = _names(rule["expr"])
+            for metric in metrics:
+                assert metric in recorded or SUFFIX.sub("", metric) in told, (rule, metric)
+            assert labels <= told | OF_OTHERS | OF_PROMETHEUS, rule
+            if "record" in rule:
+                recorded.add(rule["record"])
+                assert re.fullmatch(r"[a-z0-9_]+:lb_hop_[a-z0-9_]+:[a-z0-9_]+", rule["record"])
 
 
 def test_what_is_recorded_is_used(document: Document) -> None:
@@ -242,7 +244,8 @@ def test_quick_motion_divides_durations_and_nothing_else(document: Document) -> 
         "labels": {"for": "5m"},
         "annotations": {"description": "5m of {{ query `x[2m]` }}"},
     }
-    quick = rule_files.in_quick_motion({"groups": [{"rules": [rule]}]}, 60)
+    quick = rule_files.in_quick_motion({"groups": [{"interval": "2m", "rules": [rule]}]}, 60)
+    assert quick["groups"][0]["interval"] == "2000ms"
     assert list(rule_files.rules_of(quick)) == [
         {
             "expr": "rate(a5m[5000ms] offset 60000ms) > 300 and max_over_time(b[1440000ms:500ms])",
