@@ -170,7 +170,7 @@ def test_kustomizations_name_files_that_exist() -> None:
 
 
 def test_names_are_those_of_the_contract(document: Document) -> None:
-    """Every metric and label that a rule asks for is told by the agent, or recorded: in its own group before it is asked."""
+    """Every metric and label that a rule asks for is told by the agent, or recorded: in its own group before that."""
     told = {name.replace(".", "_") for name in vars(semconv).values() if isinstance(name, str)}
     own = [{rule["record"] for rule in group["rules"] if "record" in rule} for group in document["groups"]]
     for number, group in enumerate(document["groups"]):
