@@ -59,6 +59,9 @@ def as_object(text: str) -> str:
 def in_quick_motion(document: Document, factor: int) -> Document:
     """Divide every duration of the rules by `factor`; all else stays, and the one given is not changed."""
     quick = copy.deepcopy(document)
+    for group in quick["groups"]:
+        if "interval" in group:
+            group["interval"] = _divided(group["interval"], factor)
     for rule in rules_of(quick):
         rule["expr"] = _IN_PROMQL.sub(lambda found: _divided(found[0], factor), rule["expr"])
         for name in _DURATIONS_OF_A_RULE:

@@ -101,6 +101,41 @@ def test_an_l2_vip_that_is_listed_needs_no_history(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+# Two nodes that are to have no agent, three with one, one of which leaves the cluster; then one agent is gone.
+WITHOUT_AGENT = """
+rule_files: [rules.yaml]
+evaluation_interval: 1m
+tests:
+  - name: a control plane without agents
+    interval: 1m
+    input_series:
+      - {series: 'lb_hop_cluster_nodes{k8s_node_name="node1"}', values: 5x20 4x99}
+      - {series: 'lb_hop_vip_ports{k8s_node_name="node1"}', values: 8x119}
+      - {series: 'lb_hop_vip_ports{k8s_node_name="node2"}', values: 8x59 _x60}
+      - {series: 'lb_hop_vip_ports{k8s_node_name="node3"}', values: 8x19 _x100}
+    promql_expr_test:
+      - eval_time: 59m
+        expr: ALERTS{alertname=~"LbHopAgent.+", alertstate="firing"}
+      - eval_time: 90m
+        expr: count by (alertname, k8s_node_name) (ALERTS{alertname=~"LbHopAgent.+", alertstate="firing"})
+        exp_samples:
+          - {labels: '{alertname="LbHopAgentGone", k8s_node_name="node2"}', value: 1}
+          - {labels: '{alertname="LbHopAgentsMissing"}', value: 1}
+"""
+
+
+@pytest.mark.prometheus
+def test_nodes_that_are_to_have_no_agent_are_nobody_missing(tmp_path: Path) -> None:
+    """Set as the guide says, for both alerts."""
+    setting = "record: cluster:lb_hop_nodes_without_agent:threshold\n        expr: vector(0)"
+    rules = rule_files.RULES.read_text(encoding="utf-8")
+    assert rules.count(setting) == 1
+    (tmp_path / "rules.yaml").write_text(rules.replace(setting, setting.replace("(0)", "(2)")), encoding="utf-8")
+    (tmp_path / "rules_test.yaml").write_text(WITHOUT_AGENT, encoding="utf-8")
+    done = _promtool("test", "rules", tmp_path / "rules_test.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_every_alert_is_unit_tested(document: Document) -> None:
     """With a moment at which it fires, one at which it does not, and a check of its texts."""
     fires: set[str] = set()
@@ -135,17 +170,19 @@ def test_kustomizations_name_files_that_exist() -> None:
 
 
 def test_names_are_those_of_the_contract(document: Document) -> None:
-    """Every metric and label that a rule asks for is told by the agent, or recorded before it is asked for."""
+    """Every metric and label that a rule asks for is told by the agent, or recorded: in its own group before that."""
     told = {name.replace(".", "_") for name in vars(semconv).values() if isinstance(name, str)}
-    recorded: set[str] = set()
-    for rule in rule_files.rules_of(document):
-        metrics, labels = _names(rule["expr"])
-        for metric in metrics:
-            assert metric in recorded or SUFFIX.sub("", metric) in told, (rule, metric)
-        assert labels <= told | OF_OTHERS | OF_PROMETHEUS, rule
-        if "record" in rule:
-            recorded.add(rule["record"])
-            assert re.fullmatch(r"[a-z0-9_]+:lb_hop_[a-z0-9_]+:[a-z0-9_]+", rule["record"])
+    own = [{rule["record"] for rule in group["rules"] if "record" in rule} for group in document["groups"]]
+    for number, group in enumerate(document["groups"]):
+        recorded = set().union(*own[:number], *own[number + 1 :])
+        for rule in group["rules"]:
+            metrics, labels = _names(rule["expr"])
+            for metric in metrics:
+                assert metric in recorded or SUFFIX.sub("", metric) in told, (rule, metric)
+            assert labels <= told | OF_OTHERS | OF_PROMETHEUS, rule
+            if "record" in rule:
+                recorded.add(rule["record"])
+                assert re.fullmatch(r"[a-z0-9_]+:lb_hop_[a-z0-9_]+:[a-z0-9_]+", rule["record"])
 
 
 def test_what_is_recorded_is_used(document: Document) -> None:
@@ -207,7 +244,8 @@ def test_quick_motion_divides_durations_and_nothing_else(document: Document) -> 
         "labels": {"for": "5m"},
         "annotations": {"description": "5m of {{ query `x[2m]` }}"},
     }
-    quick = rule_files.in_quick_motion({"groups": [{"rules": [rule]}]}, 60)
+    quick = rule_files.in_quick_motion({"groups": [{"interval": "2m", "rules": [rule]}]}, 60)
+    assert quick["groups"][0]["interval"] == "2000ms"
     assert list(rule_files.rules_of(quick)) == [
         {
             "expr": "rate(a5m[5000ms] offset 60000ms) > 300 and max_over_time(b[1440000ms:500ms])",
@@ -236,7 +274,7 @@ def test_quick_motion_divides_durations_and_nothing_else(document: Document) -> 
 _WORDS_OF_PROMQL = {
     *("and", "or", "unless", "by", "on", "group_left", "offset"),
     *("avg", "count", "group", "max", "quantile", "sum"),
-    *("count_over_time", "last_over_time", "min_over_time", "quantile_over_time"),
+    *("count_over_time", "last_over_time", "max_over_time", "min_over_time", "quantile_over_time"),
     *("abs", "absent", "increase", "vector"),
 }
 
