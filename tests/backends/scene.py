@@ -256,7 +256,7 @@ def _play(lab: Lab, stack: contextlib.ExitStack) -> Scene:
     for server in servers:
         stack.callback(server.stop)
     vip_ports = _prepare(lab)
-    stack.enter_context(_collector(lab))
+    stack.enter_context(run_collector(lab))
     for server in servers:
         stack.enter_context(server)
     agents = stack.enter_context(agents_on(lab.nodes, lab.vips_path, lambda node: _settings(lab, node)))
@@ -547,8 +547,8 @@ def _settings(lab: Lab, node: Node) -> dict[str, str]:
     }
 
 
-def _collector(lab: Lab) -> Server:
-    """Run the Collector with the configuration for all three."""
+def run_collector(lab: Lab) -> Server:
+    """Run the Collector with the configuration for all three, whether they are there or not."""
     here = lab.mgmt.address4
     return Server(
         lab,

@@ -1,8 +1,7 @@
 """Alerts fire from real faults, name what is at fault and nothing else, and resolve after the repair.
 
-The rules are those that operators load, in quick motion: every duration is divided by one factor, and so is the time
-between two samples and how long Prometheus takes a sample for current. All faults but those that need an hour of
-history are there at once, each on a VIP of its own.
+The rules are those that operators load, in quick motion (judge.py). All faults but those that need an hour of history
+are there at once, each on a VIP of its own.
 """
 
 from __future__ import annotations
@@ -13,13 +12,20 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
-import yaml
 
 from otel_lb_hop.model import Policy
-from tests.backends import prometheus, rule_files
+from tests.backends import rule_files
 from tests.backends.callers import Callers, Calls
-from tests.backends.prometheus import Prometheus
-from tests.backends.scene import COLLECTOR_CONFIG
+from tests.backends.judge import (
+    EXPORT_MS,
+    FACTOR,
+    NOBODY_THERE,
+    Alert,
+    Course,
+    Judge,
+    judging_server,
+)
+from tests.backends.scene import run_collector
 from tests.backends.server import Server
 from tests.e2e.collector import endpoint
 from tests.e2e.conftest import strangers
@@ -27,7 +33,7 @@ from tests.lab import Lab, reaper
 from tests.lab.agent import Agent, agents_on
 from tests.lab.generator import forget_closed_quickly
 from tests.lab.requirements import needs_lab
-from tests.lab.waiting import TookTooLongError, wait_for
+from tests.lab.waiting import wait_for
 from tests.peers import build
 
 if TYPE_CHECKING:
@@ -43,14 +49,7 @@ pytestmark = [
     needs_lab,
 ]
 
-FACTOR = 120
-EXPORT_MS = 250
-"""Half a minute in quick motion."""
-EVALUATION = "500ms"
-LOOKBACK = "2500ms"
-"""Five minutes in quick motion: what Prometheus takes for current by default."""
 LOGS_PORT = 14317
-SECONDS = 240.0
 
 SERVED, REFUSED, SILENT, SLOW = 8080, 8081, 8082, 8083
 
@@ -110,12 +109,6 @@ _RULES = {
 }
 """What drops or refuses, in the place named there."""
 
-Alert = tuple[str, ...]
-"""Name, severity, and the labels that matter, in the order of `LABELS`."""
-LABELS = ("k8s_service_name", "k8s_node_name", "lb_hop_outcome", "error_type", "lb_hop_part", "reason")
-
-NOBODY_THERE: set[Alert] = {("LbHopNoData", "critical")}
-"""Before the first agent."""
 AT_FAULT_SOON: set[Alert] = {
     *(
         ("LbHopVipBlackholed", severity, service, node, outcome)
@@ -197,79 +190,13 @@ class Stage:
         return self.nodes[service.announced[0]] if service is DROPPED else self.pods[service.pods[0]]
 
 
-class Judge:
-    """What Prometheus says of the alerts, and has said since the first look."""
-
-    def __init__(self, server: Prometheus) -> None:
-        self._server = server
-        self.texts: dict[str, set[str]] = {}
-        """Summary and description of each alert that was seen firing, by its name."""
-
-    def firing(self) -> set[Alert]:
-        """List the alerts that fire now."""
-        found = set()
-        for alert in self._server.alerts():
-            if alert["state"] == "firing":
-                texts = alert["annotations"]
-                told = f"{texts['summary']}: {texts['description']}"
-                self.texts.setdefault(alert["labels"]["alertname"], set()).add(told)
-                found.add(_short(alert["labels"]))
-        return found
-
-    def ever_fired(self) -> set[Alert]:
-        """List the alerts that have fired at any time."""
-        fired = self._server.query('last_over_time(ALERTS{alertstate="firing"}[1h])')
-        return {_short(sample.labels) for sample in fired}
-
-    def wait_for(self, wanted: set[Alert]) -> None:
-        """Wait until each of these has been seen firing; some end by themselves."""
-        seen: set[Alert] = set()
-
-        def look() -> bool:
-            seen.update(self.firing())
-            return wanted <= seen
-
-        try:
-            wait_for("alerts", look, SECONDS)
-        except TookTooLongError as error:
-            error.add_note(f"these did not fire: {sorted(wanted - seen)}; these did: {sorted(seen)}")
-            raise
-
-    def wait_for_none(self) -> None:
-        """Wait until all have resolved."""
-        wait_for("the end of all alerts", lambda: not self.firing(), SECONDS)
-
-    def wait_for_answer(self, what: str, promql: str) -> None:
-        """Wait until a query answers something."""
-        wait_for(what, lambda: self._server.query(promql), SECONDS)
-
-    def problems(self) -> list[str]:
-        """List the rules that could not be judged, and why."""
-        return [f"{rule['name']}: {rule['lastError']}" for rule in self._server.rules() if rule["health"] == "err"]
-
-
-class Course(NamedTuple):
-    """What was seen, in its order."""
-
-    before: set[Alert]
-    texts: dict[str, set[str]]
-    """Of alerts that fired, by name."""
-    ever: set[Alert]
-    problems: list[str]
-
-
 @pytest.fixture(scope="module")
 def course(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Course]:
     """Let all go well, go wrong, and go well again."""
-    rules = tmp_path_factory.mktemp("rules") / "rules.yaml"
-    rules.write_text(yaml.safe_dump(rule_files.in_quick_motion(rule_files.load(), FACTOR)), encoding="utf-8")
     with Lab(3, 2, zones=("zone-a", "zone-a", "zone-b")) as lab:
         with contextlib.ExitStack() as stack:
-            server = Prometheus(
-                lab, rules=[rules], evaluation_interval=EVALUATION, flags=[f"--query.lookback-delta={LOOKBACK}"]
-            )
-            stack.enter_context(server)
-            stack.enter_context(_collector(lab))
+            server = stack.enter_context(judging_server(lab, tmp_path_factory.mktemp("rules")))
+            stack.enter_context(run_collector(lab))
             yield _play(lab, Judge(server), stack)
         wait_for("no process that is left behind", lambda: strangers(lab) == set())
     assert reaper.lab_namespaces(lab.name) == []
@@ -323,26 +250,6 @@ def _play(lab: Lab, judge: Judge, stack: contextlib.ExitStack) -> Course:
     stack.enter_context(Agent(lab.nodes[2], lab.vips_path, settings, name="again"))
     judge.wait_for_none()
     return Course(before, judge.texts, judge.ever_fired(), judge.problems())
-
-
-def _short(labels: dict[str, str]) -> Alert:
-    return labels["alertname"], labels["severity"], *(labels[name] for name in LABELS if name in labels)
-
-
-def _collector(lab: Lab) -> Server:
-    """Run the Collector that takes the metrics to Prometheus."""
-    return Server(
-        lab,
-        "collector",
-        13133,
-        {},
-        [str(build.build("otelcol")), "--config", str(COLLECTOR_CONFIG)],
-        ready="/health",
-        env={
-            "LB_HOP_LISTEN": "[::]",
-            "LB_HOP_PROMETHEUS_ENDPOINT": f"http://{lab.mgmt.address4}:{prometheus.PORT}{prometheus.REMOTE_WRITE}",
-        },
-    )
 
 
 def _logs_collector(lab: Lab, name: str, *, takes_logs: bool) -> Server:

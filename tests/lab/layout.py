@@ -177,14 +177,16 @@ def sysctls(host: str) -> dict[str, str]:
         "net.ipv6.conf.all.accept_dad": "0",
         "net.ipv6.conf.default.accept_dad": "0",
         "net.ipv6.conf.default.accept_ra": "0",
-        # All ports but the privileged ones: fast traffic would use up the default range within seconds.
-        "net.ipv4.ip_local_port_range": "1024 65535",
         "net.core.somaxconn": "65535",
         "net.ipv4.tcp_max_syn_backlog": "65535",
         # Every refused connection is told so, not only the first six of a second.
         "net.ipv4.icmp_ratelimit": "0",
         "net.ipv6.icmp.ratelimit": "0",
     }
+    if host != "mgmt":
+        # All ports but the privileged ones: fast traffic would use up the default range within seconds. Not where the
+        # servers are: an API server's connection to etcd would take a Collector's port.
+        values["net.ipv4.ip_local_port_range"] = "1024 65535"
     if host == "router" or host.startswith("node"):
         values |= {
             "net.ipv4.ip_forward": "1",
