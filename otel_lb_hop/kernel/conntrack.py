@@ -114,14 +114,14 @@ def list_entries(vip_ports: AbstractSet[bytes]) -> Iterator[bytes]:
 
     Where an entry is not as expected it is left out. Raises OSError.
     """
-    for kind, message in dump.ask(_NETLINK_NETFILTER, _GET, _ANY_FAMILY, flags=dump.REQUEST | dump.DUMP):
+    for kind, _, message in dump.ask(_NETLINK_NETFILTER, _GET, _ANY_FAMILY, flags=dump.REQUEST | dump.DUMP):
         if kind == _NEW and _vip_key(message) in vip_ports:
             yield bytes(_ETHERNET_HEADER) + _as_news(message)
 
 
 def _as_news(message: bytes) -> bytes:
     """Write what an answer tells of an entry as its news would have told it, marked as one of many."""
-    found = dump.attributes(message, _HEAD)
+    found = dump.attributes(message, _HEAD, whole=True)
     attributes = b"".join(dump.padded(found[kind]) for kind in _NEWS if kind in found)
     head = dump.HEADER.pack(_HEAD + len(attributes), _NEW, _AS_NEWS, 0, 0) + message[dump.HEADER.size : _HEAD]
     return head + attributes

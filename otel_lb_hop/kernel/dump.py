@@ -30,8 +30,8 @@ _ANSWER_SECONDS = 5
 _LONGEST_ANSWER = 1 << 16
 
 
-def ask(family: int, kind: int, body: bytes, *, flags: int = REQUEST) -> Iterator[tuple[int, bytes]]:
-    """Send a request of this type to a netlink family; yields type and bytes of each message, header included.
+def ask(family: int, kind: int, body: bytes, *, flags: int = REQUEST) -> Iterator[tuple[int, int, bytes]]:
+    """Send a request of this type to a netlink family; yields type, flags and bytes of each message, header included.
 
     Of a dump all messages up to the one that only ends it, and that one, because it has flags; of any other request
     those of the first answer. Raises OSError: what the kernel answered, or that it did not within seconds.
@@ -43,11 +43,11 @@ def ask(family: int, kind: int, body: bytes, *, flags: int = REQUEST) -> Iterato
             answer = asking.recv(_LONGEST_ANSWER)
             place = 0
             while place < len(answer):
-                size, kind, *_ = HEADER.unpack_from(answer, place)
+                size, kind, told, *_ = HEADER.unpack_from(answer, place)
                 if kind == _ERROR:
                     (code,) = struct.unpack_from("=i", answer, place + HEADER.size)
                     raise OSError(-code, os.strerror(-code))
-                yield kind, answer[place : place + size]
+                yield kind, told, answer[place : place + size]
                 if kind == _DONE:
                     return
                 place += _aligned(size)
@@ -55,20 +55,16 @@ def ask(family: int, kind: int, body: bytes, *, flags: int = REQUEST) -> Iterato
                 return
 
 
-def flags_of(message: bytes) -> int:
-    """Tell the flags in a message's header."""
-    return int(HEADER.unpack_from(message)[2])
-
-
-def attributes(message: bytes, place: int = 0) -> dict[int, bytes]:
-    """Read the attributes that begin at `place`: type → the attribute with its header; one cut short ends it."""
+def attributes(message: bytes, place: int = 0, *, whole: bool = False) -> dict[int, bytes]:
+    """Read the attributes that begin at `place`: type → value, or the `whole` attribute; one cut short ends it."""
+    skipped = 0 if whole else ATTRIBUTE.size
     found = {}
     while place + ATTRIBUTE.size <= len(message):
         size, kind = ATTRIBUTE.unpack_from(message, place)
         if size < ATTRIBUTE.size:
             break
-        found[kind & _TYPE_MASK] = message[place : place + size]
-        place += _aligned(size)
+        found[kind & _TYPE_MASK] = message[place + skipped : place + size]
+        place += size + 3 & ~3
     return found
 
 

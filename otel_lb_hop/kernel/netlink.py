@@ -223,8 +223,8 @@ def _dump_links() -> tuple[list[Link], bool]:
     whole = True
     wish = dump.ATTRIBUTE.pack(8, _EXT_MASK) + struct.pack("=I", _SKIP_STATS)
     body = _LINK_HEAD.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + wish
-    for kind, message in dump.ask(socket.NETLINK_ROUTE, _GET_LINK, body, flags=dump.REQUEST | dump.DUMP):
-        whole = whole and not dump.flags_of(message) & dump.INTERRUPTED
+    for kind, flags, message in dump.ask(socket.NETLINK_ROUTE, _GET_LINK, body, flags=dump.REQUEST | dump.DUMP):
+        whole = whole and not flags & dump.INTERRUPTED
         if kind == _NEW_LINK and (link := _link(message)):
             links.append(link)
     return links, whole
@@ -235,9 +235,9 @@ def _link(message: bytes) -> Link | None:
     _, kind, index, flags, _ = _LINK_HEAD.unpack_from(message, dump.HEADER.size)
     if flags & _LOOPBACK:
         return None
-    found = _values(message, dump.HEADER.size + _LINK_HEAD.size)
+    found = dump.attributes(message, dump.HEADER.size + _LINK_HEAD.size)
     numbers = {each: int.from_bytes(found[each], sys.byteorder) for each in (_LOWER, _MASTER) if each in found}
-    info = _values(found[_INFO]) if _INFO in found else {}
+    info = dump.attributes(found[_INFO]) if _INFO in found else {}
     return Link(
         index=index,
         name=os.fsdecode(found[_NAME].rstrip(b"\0")),
@@ -247,10 +247,6 @@ def _link(message: bytes) -> Link | None:
         lower=None if _NETNS in found else numbers.get(_LOWER),
         master=numbers.get(_MASTER),
     )
-
-
-def _values(message: bytes, place: int = 0) -> dict[int, bytes]:
-    return {kind: whole[dump.ATTRIBUTE.size :] for kind, whole in dump.attributes(message, place).items()}
 
 
 class Monitor:
