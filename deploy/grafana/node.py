@@ -28,7 +28,6 @@ from deploy.grafana.promql import (
     hop_share,
     lost_by_reason,
     lost_share,
-    quantile,
     rate,
     select,
     share,
@@ -192,29 +191,25 @@ def _traffic() -> list[parts.AnyPanel]:
 
 def _times() -> list[parts.AnyPanel]:
     return [
-        parts.graph(
+        parts.times_by_hop(
             About(
                 "Forward time, by hop",
                 "From the first packet in to the translated packet out, on this node: what kube-proxy's rules cost."
                 " More than on other nodes: a busy CPU, or rules that have grown.",
                 _NO_TIMES,
             ),
-            "s",
-            Query(quantile(0.5, FORWARD, "lb_hop_hop", *CHOSEN), "{{lb_hop_hop}} p50"),
-            Query(quantile(0.99, FORWARD, "lb_hop_hop", *CHOSEN), "{{lb_hop_hop}} p99"),
-            log_scale=True,
+            FORWARD,
+            *CHOSEN,
         ),
-        parts.graph(
+        parts.times_by_hop(
             About(
                 "Handshake time, by hop",
                 "From the SYN in to the SYN-ACK out, on this node. Slow without a hop: the backends here; slow over a"
                 " hop alone: the way between the nodes.",
                 _NO_TIMES,
             ),
-            "s",
-            Query(quantile(0.5, HANDSHAKE, "lb_hop_hop", *CHOSEN), "{{lb_hop_hop}} p50"),
-            Query(quantile(0.99, HANDSHAKE, "lb_hop_hop", *CHOSEN), "{{lb_hop_hop}} p99"),
-            log_scale=True,
+            HANDSHAKE,
+            *CHOSEN,
         ),
     ]
 

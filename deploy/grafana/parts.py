@@ -32,6 +32,8 @@ from grafana_foundation_sdk.models.heatmap import HeatmapColorMode
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat, QueryEditorMode
 from grafana_foundation_sdk.models.tempo import SearchTableType
 
+from deploy.grafana.promql import quantile
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -87,6 +89,9 @@ class Query(NamedTuple):
     """Of a graph: the legend with {{labels}}. Of a table: the title of the column of values."""
     unit: str = ""
     """Of a column, if it is another than the panel's."""
+
+
+_FRACTIONS = {"p50": 0.5, "p99": 0.99}
 
 
 class About(NamedTuple):
@@ -271,6 +276,15 @@ def graph(
     for ref, query in zip("ABCDEFGH", queries, strict=False):
         panel = panel.with_target(_query(query.expr, ref).range().legend_format(query.name).interval(MIN_STEP))
     return panel
+
+
+def times_by_hop(about: About, buckets: str, *matchers: str) -> timeseries.Panel:
+    """Show the median and the slowest hundredth of a time in seconds, by hop class."""
+    queries = [
+        Query(quantile(fraction, buckets, "lb_hop_hop", *matchers), f"{{{{lb_hop_hop}}}} {name}")
+        for name, fraction in _FRACTIONS.items()
+    ]
+    return graph(about, "s", *queries, log_scale=True)
 
 
 def top(about: About, unit: str, query: Query, *links: Builder[models.DashboardLink], w: int = 12) -> bargauge.Panel:

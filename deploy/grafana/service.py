@@ -259,7 +259,7 @@ def _times() -> list[parts.AnyPanel]:
     hopped = quantile(0.5, HANDSHAKE, "lb_hop_hop", *CHOSEN, HOPPED)
     stayed = quantile(0.5, HANDSHAKE, "", *CHOSEN, 'lb_hop_hop="none"')
     return [
-        parts.graph(
+        parts.times_by_hop(
             About(
                 "Handshake time, by hop",
                 "From the client's SYN in to the backend's SYN-ACK out, on the node it came in on: the way to the"
@@ -267,10 +267,8 @@ def _times() -> list[parts.AnyPanel]:
                 " wide.",
                 _NO_TIMES,
             ),
-            "s",
-            Query(quantile(0.5, HANDSHAKE, "lb_hop_hop", *CHOSEN), "{{lb_hop_hop}} p50"),
-            Query(quantile(0.99, HANDSHAKE, "lb_hop_hop", *CHOSEN), "{{lb_hop_hop}} p99"),
-            log_scale=True,
+            HANDSHAKE,
+            *CHOSEN,
         ),
         parts.graph(
             About(
@@ -282,17 +280,15 @@ def _times() -> list[parts.AnyPanel]:
             "s",
             Query(f"{hopped} - on () group_left () {stayed}", "{{lb_hop_hop}}"),
         ),
-        parts.graph(
+        parts.times_by_hop(
             About(
                 "Forward time, by hop",
                 "From the first packet in to the translated packet out, on one node: what kube-proxy's rules cost, some"
                 " microseconds. It grows with long rule chains (iptables mode with many Services) and a busy CPU.",
                 _NO_TIMES,
             ),
-            "s",
-            Query(quantile(0.5, FORWARD, "lb_hop_hop", *CHOSEN), "{{lb_hop_hop}} p50"),
-            Query(quantile(0.99, FORWARD, "lb_hop_hop", *CHOSEN), "{{lb_hop_hop}} p99"),
-            log_scale=True,
+            FORWARD,
+            *CHOSEN,
         ),
         parts.spread(
             About(

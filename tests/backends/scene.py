@@ -14,13 +14,12 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
 from otel_lb_hop.model import Policy, Transport
-from tests.backends import loki, prometheus, tempo
+from tests.backends import collectors, loki, prometheus, tempo
 from tests.backends.loki import Loki
 from tests.backends.prometheus import Prometheus
 from tests.backends.server import Server
@@ -54,7 +53,6 @@ needs_scene = [
 ]
 """Marks of every test that uses the scene."""
 
-COLLECTOR_CONFIG = Path(__file__).parents[2] / "collector-config" / "all.yaml"
 ZONES = ("zone-a", "zone-a", "zone-b")
 ALL = ("node1", "node2", "node3")
 CLUSTER_NAME = "lab"
@@ -553,9 +551,9 @@ def run_collector(lab: Lab) -> Server:
     return Server(
         lab,
         "collector",
-        13133,
+        collectors.HEALTH_PORT,
         {},
-        [str(build.build("otelcol")), "--config", str(COLLECTOR_CONFIG)],
+        [str(build.build("otelcol")), "--config", str(collectors.FOLDER / "all.yaml")],
         ready="/health",
         env={
             "LB_HOP_LISTEN": "[::]",
